@@ -1,0 +1,1 @@
+"""Capture: an ordinary `torch.nn.Module` becomes a program at stage *captured*."""

@@ -1,0 +1,1 @@
+"""Cost: what a program spends, read off its graph as symbolic expressions."""

@@ -1,0 +1,1 @@
+"""View: a program as a page to look at."""
