@@ -1,0 +1,1 @@
+"""Passes: graph → graph, one rewrite per file; imported as `moec.passes`."""
