@@ -1,4 +1,4 @@
-"""The wheel, the sdist and the wheel made from the sdist hold the whole package under one name, and install."""
+"""Wheel, sdist, and the wheel made from the sdist hold the whole package under one name, and install."""
 
 from __future__ import annotations
 
