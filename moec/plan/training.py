@@ -1,0 +1,97 @@
+"""`[student]`, `[distill]` and `[train]`: what is trained, from whom, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from moec.plan.fields import (
+    BelowOne,
+    Count,
+    Listed,
+    NonNegative,
+    Positive,
+    Share,
+    TrainDtype,
+    Whole,
+)
+from moec.plan.section import Section, complaint
+
+
+class Student(Section):
+    """The `[student]` table (Mixture-of-Students): the same model with fewer layers."""
+
+    depth: Count | None = Field(None, description="Layers to keep, spread evenly over the teacher's.")
+    keep: Annotated[tuple[Whole, ...], Listed] | None = Field(
+        None, description="The teacher's layers to keep, instead of depth."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Student:
+        if (self.depth is None) == (self.keep is None):
+            found = "neither depth nor keep" if self.depth is None else "both depth and keep"
+            raise complaint(found, "one of depth and keep")
+        if self.keep is not None and (not self.keep or list(self.keep) != sorted(set(self.keep))):
+            raise complaint(f"keep = {list(self.keep)}", "layer numbers in ascending order", at=("keep",))
+        return self
+
+
+class Distill(Section):
+    """The `[distill]` table: loss = task + alpha · temperature² · KL(teacher ‖ student)."""
+
+    alpha: NonNegative = Field(1.0, description="Weight of the teacher's term.")
+    temperature: Positive = Field(1.0, description="Softens both distributions before they are compared.")
+    stop: Share = Field(
+        1.0,
+        description="Fraction of the training after which only the task loss remains (staged distillation).",
+    )
+
+
+def _final_lr(settings: dict[str, Any]) -> float:
+    return settings["lr"] / 10
+
+
+def _short_warmup(settings: dict[str, Any]) -> int:
+    return min(100, settings["steps"] // 10)
+
+
+class Train(Section):
+    """The `[train]` table: one run of the trainer."""
+
+    steps: Count = Field(1000, description="Optimizer steps.")
+    batch: Count = Field(16, description="Sequences in one optimizer step.")
+    sequence: Count = Field(256, description="Tokens in one sequence.")
+    accumulate: Count = Field(1, description="Equal parts that a batch is computed in; divides batch.")
+    lr: Positive = Field(1e-3, description="Highest learning rate.")
+    min_lr: NonNegative = Field(
+        default_factory=_final_lr,
+        description="Learning rate that the cosine ends at; a tenth of lr when left out.",
+    )
+    warmup: Whole = Field(
+        default_factory=_short_warmup,
+        description="Steps in which the rate climbs from zero; left out: 100, or a tenth of steps if fewer.",
+    )
+    weight_decay: NonNegative = Field(0.1, description="AdamW's decay of matrices; vectors are not decayed.")
+    betas: Annotated[tuple[BelowOne, BelowOne], Listed] = Field(
+        (0.9, 0.95), description="AdamW's two averages."
+    )
+    clip: NonNegative = Field(1.0, description="Largest norm of the whole gradient; 0 leaves it alone.")
+    dtype: TrainDtype = Field("fp32", description="Arithmetic: fp32, or bf16 with fp32 master weights.")
+    seed: Whole = Field(0, description="Seed of the batches, of dropout and of routing noise.")
+    log_every: Count = Field(10, description="Steps between lines of the log.")
+    eval_every: Whole = Field(200, description="Steps between evaluations; 0 evaluates at the end alone.")
+    eval_batches: Count = Field(8, description="Held-out batches in one evaluation.")
+    save_every: Whole = Field(200, description="Steps between checkpoints; 0 saves at the end alone.")
+    keep: Count = Field(2, description="Newest checkpoints that stay on disk.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Train:
+        if self.min_lr > self.lr:
+            raise complaint(f"min_lr = {self.min_lr}", f"at most lr, {self.lr}", at=("min_lr",))
+        if self.warmup > self.steps:
+            raise complaint(f"warmup = {self.warmup}", f"at most steps, {self.steps}", at=("warmup",))
+        if self.batch % self.accumulate:
+            found = f"accumulate = {self.accumulate} with batch = {self.batch}"
+            raise complaint(found, "a number that divides batch", at=("accumulate",))
+        return self
