@@ -55,6 +55,10 @@ class TrainError(MoecError):
     """Training cannot go on (for example: the loss is not a number)."""
 
 
+class OperatorError(MoecError):
+    """A `moec::` operator was called with arguments that mean nothing (top_k above the number of experts, …)."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The valid name that looks most like `name`, quoted, or '' when nothing does."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)

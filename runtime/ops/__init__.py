@@ -1,0 +1,12 @@
+"""The `moec::` operators. Importing this package registers all of them under `torch.ops.moec`.
+
+One file a family: schema, shape rule, gradient, kernel. `reference` says what each one means in plain loops.
+
+Legend: T tokens, D model, F hidden, E experts, K chosen, N rows = T*K. Slot n = t*K + k is token t's k-th choice.
+"""
+
+from __future__ import annotations
+
+from moec.runtime.ops import assign, combine, dispatch, grouped_linear, jitter, losses, route
+
+__all__ = ["assign", "combine", "dispatch", "grouped_linear", "jitter", "losses", "route"]

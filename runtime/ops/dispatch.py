@@ -1,0 +1,63 @@
+"""`moec::dispatch`: bring each expert's rows together.
+
+    dispatch(x [T,D], order [N], top_k) -> rows [N,D],  rows[i] = x[order[i] // top_k]
+
+Dropped slots have rows too (the last ones): N never depends on values, so shapes stay symbolic in T alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.runtime.ops.registry import define, demand, differentiate, wide
+
+
+def token_of(order_N: Tensor, top_k: int) -> Tensor:
+    """The token [N] that each slot of `order` belongs to."""
+    return order_N if top_k == 1 else order_N.div(top_k, rounding_mode="floor")
+
+
+def invert(order_N: Tensor) -> Tensor:
+    """Where each slot stands in `order`: the inverse permutation [N]."""
+    places_N = torch.arange(order_N.shape[0], device=order_N.device)
+    return torch.empty_like(order_N).scatter(0, order_N, places_N)
+
+
+def _check(x: Tensor, order: Tensor, top_k: int) -> None:
+    demand(x.dim() == 2, "dispatch", f"x with {x.dim()} dimensions", "x [T, D]")
+    demand(order.dim() == 1, "dispatch", f"order with {order.dim()} dimensions", "order [T*K]")
+    demand(top_k >= 1, "dispatch", f"top_k {top_k}", "top_k >= 1")
+
+
+def _dispatch(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    _check(x, order, top_k)
+    slots, tokens = order.shape[0], x.shape[0]
+    demand(slots == tokens * top_k, "dispatch", f"{slots} slots for {tokens} tokens", f"T * {top_k} slots")
+    return x.index_select(0, token_of(order, top_k))
+
+
+def _fake(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    _check(x, order, top_k)
+    return x.new_empty(order.shape[0], x.shape[1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.top_k = inputs[2]
+
+
+def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+    # Gather and add, not scatter-add: the same order of additions every time, on every device.
+    (order_N,) = ctx.saved_tensors
+    slots_ND = grad_ND.index_select(0, invert(order_N))
+    if ctx.top_k == 1:
+        return slots_ND, None, None
+    slots_TKD = slots_ND.unflatten(0, (-1, ctx.top_k))
+    return slots_TKD.sum(1, dtype=wide(grad_ND.dtype)).to(grad_ND.dtype), None, None
+
+
+define("dispatch(Tensor x, Tensor order, int top_k) -> Tensor", _dispatch, _fake)
+differentiate("dispatch", _setup, _backward)
