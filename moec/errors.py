@@ -23,6 +23,9 @@ class MoecError(Exception):
         lines = [f"  {label:<8}{text}" for label, text in rows if text]
         return "\n".join([self.where, *lines])
 
+    def __str__(self) -> str:
+        return self._message()  # not `args`: torch.fx appends its own trace to those
+
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.where, self.found, self.needed, self.nearest)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -31,7 +32,7 @@ def propagate(root: fx.GraphModule) -> None:
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
     fake = mode.from_tensor(tokens, symbolic_context=context)
     first.meta["val"] = fake
-    with mode:
+    with mode, enable_python_dispatcher():
         _Propagate(root, mode, {}).run(fake)
 
 
@@ -54,7 +55,8 @@ class _Propagate(fx.Interpreter):
             raise
         except Exception as error:
             where = f"{node.name} = {node.target}{tuple(node.args)}"
-            raise VerifyError(where, f"{type(error).__name__}: {error}", "shapes and dtypes that fit") from error
+            found = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            raise VerifyError(where, found, "shapes and dtypes that fit") from None
         node.meta["val"] = value
         return value
 

@@ -22,14 +22,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
+
 from moec.errors import PlanError, nearest
 
 LayerSpec = int | str | list[int] | tuple[int, ...]
 
 FORMS = '"all", 3, [1, 3], a slice such as "1::2", "depth>0.5", or a glob such as "*.h.1?.mlp"'
 
-_INDEX = re.compile(r"[+-]?[0-9]+")
-_SLICE = re.compile(r"([+-]?[0-9]+)?:([+-]?[0-9]+)?(?::([+-]?[0-9]+)?)?")
+_INDEX = re.compile(r"[+-]?[0-9]{1,9}")
+_SLICE = re.compile(r"([+-]?[0-9]{1,9})?:([+-]?[0-9]{1,9})?(?::([+-]?[0-9]{1,9})?)?")
 _DEPTH = re.compile(r"depth(>=|<=|>|<)([0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _COMPARE: dict[str, Callable[[Fraction, Fraction], bool]] = {
     ">": operator.gt,

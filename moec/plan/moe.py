@@ -52,7 +52,7 @@ class LayerSettings(Section):
     gate: Gate = Field(
         "straight-through",
         description="Weight of a chosen expert: its softmax value (probability, DeepSpeed); that divided by "
-        "the sum over the chosen (normalized; with top_k = 1 it is always 1, which trains no router); the same "
+        "the sum over the chosen (normalized; with top_k = 1 always 1, which trains no router); the same "
         "in value, with a gradient for the router at any top_k (straight-through); or sigmoid scores divided "
         "by their sum (sigmoid; with top_k = 1 it is always 1 too).",
     )

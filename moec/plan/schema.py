@@ -43,8 +43,9 @@ class Plan(Section):
             raise PlanError(
                 "plan", f"a {type(plan).__name__}", "a path, a shipped plan's name, a Plan, or None"
             )
-        is_file = isinstance(plan, Path) or plan.endswith(".toml") or "/" in plan or "\\" in plan
-        return cls.from_toml(plan) if is_file else cls.shipped(plan)
+        if isinstance(plan, str) and not plan.endswith(".toml") and "/" not in plan and "\\" not in plan:
+            return cls.shipped(plan)
+        return cls.from_toml(plan)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Plan:

@@ -1,0 +1,152 @@
+"""The exported program as one flat graph that owns its weights under the user's names.
+
+`torch.export` lifts weights to inputs and wraps `no_grad` and `autocast` blocks into sub-graphs. Here weights
+become `get_attr` nodes again, the blocks are inlined (values made under `no_grad` are detached), and each node
+remembers the user's module path and source line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from moec.errors import CaptureError
+from moec.ir import Origin, Origins
+from moec.ir.graphs import place, root_module
+
+WRAPPER = "model."
+FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def flatten(exported: ExportedProgram, model: nn.Module) -> tuple[fx.GraphModule, Origins]:
+    """A flat GraphModule `tokens → logits` and the origin of each of its weights."""
+    _refuse_mutation(exported)
+    builder = _Builder(exported, model)
+    return builder.build(), Origins(builder.origins)
+
+
+def _refuse_mutation(exported: ExportedProgram) -> None:
+    mutated = list(exported.graph_signature.buffers_to_mutate.values())
+    if mutated:
+        raise CaptureError(
+            "capture", f"forward writes to the buffer {mutated[0].removeprefix(WRAPPER)}",
+            "a forward without side effects (turn caches and running statistics off)",
+        )  # fmt: skip
+
+
+class _Builder:
+    """Copies the exported graph node by node into a graph whose weights are attributes of its owner."""
+
+    def __init__(self, exported: ExportedProgram, model: nn.Module) -> None:
+        self.exported, self.model = exported, model
+        self.owner = root_module()
+        self.graph = fx.Graph()
+        self.origins: dict[str, Origin] = {}
+        self.env: dict[fx.Node, Any] = {}
+        self.first_name = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
+
+    def build(self) -> fx.GraphModule:
+        specs = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
+        nodes = list(self.exported.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        tokens = next(node for node in inputs if specs[node.name].kind == InputKind.USER_INPUT)
+        self.env[tokens] = self.graph.placeholder("tokens")
+        for node in inputs:
+            if node is not tokens:
+                self.env[node] = self._weight(node, specs[node.name])
+        self._copy(nodes, self.exported.graph_module)
+        return fx.GraphModule(self.owner, self.graph)
+
+    def _weight(self, node: fx.Node, spec: Any) -> fx.Node | None:
+        if not node.users:
+            return None
+        name, value, persistent = self._stored(spec)
+        structural = safe_name(name)
+        place(self.owner, structural, value, persistent=persistent)
+        if persistent:
+            self.origins[structural] = Origin(name)
+        return self.graph.get_attr(structural)
+
+    def _stored(self, spec: Any) -> tuple[str, Tensor, bool]:
+        """Name, tensor and persistence of a lifted input; the user's own tensor where there is one."""
+        target = spec.target
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            value = _read(self.model, target.removeprefix(WRAPPER))
+            name = self.first_name.get(id(value), target.removeprefix(WRAPPER))
+            return name, value, spec.kind == InputKind.PARAMETER or bool(spec.persistent)
+        value = self.exported.constants[target]
+        return f"constants.{target.replace('.', '_')}", value, False
+
+    def _copy(self, nodes: list[fx.Node], owner: nn.Module) -> Any:
+        for node in nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                return self._output(node)
+            self.env[node] = self._inline(node, owner) if _is_block(node) else self._copy_one(node, owner)
+        return None
+
+    def _output(self, node: fx.Node) -> Any:
+        values = fx.node.map_arg(node.args[0], lambda n: self.env[n])
+        if node.graph is self.exported.graph:
+            self.graph.output(values[-1])  # type: ignore[index]
+        return values
+
+    def _copy_one(self, node: fx.Node, owner: nn.Module) -> fx.Node | None:
+        if node.op == "get_attr" and not isinstance(_read(owner, str(node.target)), Tensor):
+            return None  # the sub-graph of a block; it is inlined where it is called
+        if node.op == "get_attr":
+            place(self.owner, f"constants.{node.name}", _read(owner, str(node.target)), persistent=False)
+            return self.graph.get_attr(f"constants.{node.name}")
+        copied = self.graph.node_copy(node, lambda n: self.env[n])
+        copied.meta = {"val": node.meta.get("val"), "path": _path(node), "source": _source(node)}
+        return copied
+
+    def _inline(self, node: fx.Node, owner: nn.Module) -> Any:
+        """Copy a `no_grad` or `autocast` block in place of the call; returns its outputs."""
+        block = next(a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr")
+        inner = _read(owner, str(block.target))
+        assert isinstance(inner, fx.GraphModule)
+        operands = node.args[node.args.index(block) + 1 :]
+        names = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        self.env.update({name: self.env[value] for name, value in zip(names, operands, strict=True)})  # type: ignore[index]
+        values = self._copy(list(inner.graph.nodes), inner)
+        if "grad" in str(node.target) and not node.args[0]:
+            values = [self.graph.call_function(torch.ops.aten.detach.default, (v,)) for v in values]
+        return list(values) if isinstance(values, (list, tuple)) else values
+
+
+def _is_block(node: fx.Node) -> bool:
+    return node.op == "call_function" and str(node.target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def _read(owner: nn.Module, target: str) -> Any:
+    value: Any = owner
+    for atom in target.split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def safe_name(name: str) -> str:
+    """`name`, with its first atom changed when a GraphModule already means something by it (`graph`, `code`)."""
+    first, *rest = name.split(".")
+    taken = hasattr(fx.GraphModule, first) or first in ("training", "graph")
+    return ".".join([f"{first}_" if taken else first, *rest])
+
+
+def _path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values() if not entry[0].startswith("_empty")]
+    return paths[-1].removeprefix("model").removeprefix(".") if paths else ""
+
+
+def _source(node: fx.Node) -> str:
+    """`file.py:line` of the innermost frame that is the user's, not torch's."""
+    frames = FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [(file, line) for file, line in frames if "/torch/" not in file and "\\torch\\" not in file]
+    return f"{own[-1][0].replace(chr(92), '/').rsplit('/', 1)[-1]}:{own[-1][1]}" if own else ""
