@@ -4,6 +4,7 @@
 PYTHON  ?= python3
 JOBS    ?= 2
 PROFILE ?= default
+TIMEOUT := $(if $(filter nightly,$(PROFILE)),3600,300)
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
@@ -20,7 +21,7 @@ demo: $(READY)  ## The main job: compile a GPT into a PR-MoE, train it, sample f
 	$(BIN)/python -m examples.demo
 
 test: $(READY)  ## All tests that need no GPU (PROFILE=nightly: many more examples; JOBS=2 processes)
-	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=$(PROFILE)
+	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=$(PROFILE) --timeout=$(TIMEOUT)
 
 check: $(READY)  ## Lint, format, types, and the layer test
 	$(BIN)/ruff check .
