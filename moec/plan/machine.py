@@ -14,17 +14,18 @@ class Parallel(Section):
     """The `[parallel]` table: sizes of the mesh axes. data × tensor fill the world; experts split it anew."""
 
     data: AutoCount = Field(
-        "auto", description="Ranks that hold the dense part and see other tokens; auto: all that are left."
+        default="auto",
+        description="Ranks that hold the dense part and see other tokens; auto: all that are left.",
     )
-    tensor: Count = Field(1, description="Ranks that share one dense layer.")
+    tensor: Count = Field(default=1, description="Ranks that share one dense layer.")
     expert: Count = Field(
-        1,
+        default=1,
         description="Most ranks that one layer's experts spread over; a layer with fewer experts "
         "uses as many ranks as it has experts.",
     )
-    slice: Count = Field(1, description="Ranks that share one expert.")
+    slice: Count = Field(default=1, description="Ranks that share one expert.")
     all_to_all: AllToAll = Field(
-        "auto",
+        default="auto",
         description="How tokens travel to their experts: in one exchange (flat), first inside the node and "
         "then between nodes (hierarchical), by tensor rank (coordinated), or whichever is predicted fastest "
         "(auto).",
@@ -34,10 +35,10 @@ class Parallel(Section):
 class Compile(Section):
     """The `[compile]` table: how a program is captured, checked and run."""
 
-    dtype: CaptureDtype = Field("auto", description="Dtype to capture in; auto: the model's own.")
-    backend: Literal["eager", "inductor"] = Field("eager", description="What runs the program.")
+    dtype: CaptureDtype = Field(default="auto", description="Dtype to capture in; auto: the model's own.")
+    backend: Literal["eager", "inductor"] = Field(default="eager", description="What runs the program.")
     verify: Literal["auto", "off", "full"] = Field(
-        "auto",
+        default="auto",
         description="Prove each rewrite on values and gradients: always (full), never (off), or when the "
         "model is small enough for it to take seconds (auto).",
     )

@@ -29,60 +29,67 @@ class LayerSettings(Section):
     """Everything one mixture-of-experts layer is made of: what `[moe]` says, its overrides applied."""
 
     experts: Count = Field(description="Experts in the layer.")
-    top_k: Count = Field(1, description="Experts that each token is sent to.")
+    top_k: Count = Field(default=1, description="Experts that each token is sent to.")
     residual: Residual = Field(
-        "none",
+        default="none",
         description="What becomes of the dense feed-forward: dropped (none), kept beside the experts and "
         "added (sum, the PR-MoE paper), or mixed with them by a learned softmax of two weights (learned, "
         "DeepSpeed).",
     )
     capacity_factor: Capacity = Field(
-        "dropless",
+        default="dropless",
         description="Rows an expert takes while training, as a multiple of an even share; tokens beyond it "
         "are dropped. Leave out, or say dropless, to keep every token.",
     )
     eval_capacity_factor: EvalCapacity = Field(
-        "train", description="The same outside training; train means: as capacity_factor."
+        default="train", description="The same outside training; train means: as capacity_factor."
     )
-    min_capacity: Whole = Field(4, description="Rows an expert takes at least, whatever the factor.")
+    min_capacity: Whole = Field(default=4, description="Rows an expert takes at least, whatever the factor.")
     random_token_selection: bool = Field(
-        False,
+        default=False,
         description="While training, an expert that overflows keeps tokens at random, not the first ones.",
     )
     gate: Gate = Field(
-        "straight-through",
+        default="straight-through",
         description="Weight of a chosen expert: its softmax value (probability, DeepSpeed); that divided by "
         "the sum over the chosen (normalized; with top_k = 1 always 1, which trains no router); the same "
         "in value, with a gradient for the router at any top_k (straight-through); or sigmoid scores divided "
         "by their sum (sigmoid; with top_k = 1 it is always 1 too).",
     )
     noise: Noise = Field(
-        "none",
+        default="none",
         description="Exploration while training: none, the router's input times 1 ± jitter (jitter), or "
         "Gumbel noise on the scores that select (rsample).",
     )
-    jitter: PositiveShare = Field(0.01, description="Half-width of the jitter, when noise is jitter.")
+    jitter: PositiveShare = Field(default=0.01, description="Half-width of the jitter, when noise is jitter.")
     balance: Balance = Field(
-        "loss",
+        default="loss",
         description="How load is evened out: a term in the loss (loss), or a selection bias per expert that "
         "is nudged after every step and adds nothing to the loss (bias).",
     )
-    balance_loss: NonNegative = Field(0.01, description="Weight of the balance term, when balance is loss.")
-    bias_rate: NonNegative = Field(0.001, description="Size of a nudge, when balance is bias.")
-    z_loss: NonNegative = Field(0.0, description="Weight of the mean squared logsumexp of the router scores.")
+    balance_loss: NonNegative = Field(
+        default=0.01, description="Weight of the balance term, when balance is loss."
+    )
+    bias_rate: NonNegative = Field(default=0.001, description="Size of a nudge, when balance is bias.")
+    z_loss: NonNegative = Field(
+        default=0.0, description="Weight of the mean squared logsumexp of the router scores."
+    )
     init: Init = Field(
-        "copy",
+        default="copy",
         description="Where expert weights come from: the feed-forward, copied (copy), copied with noise "
         "(noise), copied with some hidden units drawn anew (partial), its hidden units dealt out among the "
         "experts (split), or all drawn anew (fresh).",
     )
     init_noise: NonNegative = Field(
-        0.01, description="Noise added by init noise, as a multiple of each weight's standard deviation."
+        default=0.01,
+        description="Noise added by init noise, as a multiple of each weight's standard deviation.",
     )
     init_ratio: PositiveShare = Field(
-        0.5, description="Share of each expert's hidden units that init partial draws anew."
+        default=0.5, description="Share of each expert's hidden units that init partial draws anew."
     )
-    router_std: NonNegative = Field(0.02, description="Standard deviation of the router's first weights.")
+    router_std: NonNegative = Field(
+        default=0.02, description="Standard deviation of the router's first weights."
+    )
 
     @model_validator(mode="after")
     def _enough_experts(self) -> LayerSettings:
@@ -126,24 +133,24 @@ class Override(Section):
     """
 
     layers: Selector = Field(description="Which of the layers that [moe] selects, counted among those alone.")
-    experts: Count | None = Field(None, description="As in [moe].")
-    top_k: Count | None = Field(None, description="As in [moe].")
-    residual: Residual | None = Field(None, description="As in [moe].")
-    capacity_factor: Capacity | None = Field(None, description="As in [moe].")
-    eval_capacity_factor: EvalCapacity | None = Field(None, description="As in [moe].")
-    min_capacity: Whole | None = Field(None, description="As in [moe].")
-    random_token_selection: bool | None = Field(None, description="As in [moe].")
-    gate: Gate | None = Field(None, description="As in [moe].")
-    noise: Noise | None = Field(None, description="As in [moe].")
-    jitter: PositiveShare | None = Field(None, description="As in [moe].")
-    balance: Balance | None = Field(None, description="As in [moe].")
-    balance_loss: NonNegative | None = Field(None, description="As in [moe].")
-    bias_rate: NonNegative | None = Field(None, description="As in [moe].")
-    z_loss: NonNegative | None = Field(None, description="As in [moe].")
-    init: Init | None = Field(None, description="As in [moe].")
-    init_noise: NonNegative | None = Field(None, description="As in [moe].")
-    init_ratio: PositiveShare | None = Field(None, description="As in [moe].")
-    router_std: NonNegative | None = Field(None, description="As in [moe].")
+    experts: Count | None = Field(default=None, description="As in [moe].")
+    top_k: Count | None = Field(default=None, description="As in [moe].")
+    residual: Residual | None = Field(default=None, description="As in [moe].")
+    capacity_factor: Capacity | None = Field(default=None, description="As in [moe].")
+    eval_capacity_factor: EvalCapacity | None = Field(default=None, description="As in [moe].")
+    min_capacity: Whole | None = Field(default=None, description="As in [moe].")
+    random_token_selection: bool | None = Field(default=None, description="As in [moe].")
+    gate: Gate | None = Field(default=None, description="As in [moe].")
+    noise: Noise | None = Field(default=None, description="As in [moe].")
+    jitter: PositiveShare | None = Field(default=None, description="As in [moe].")
+    balance: Balance | None = Field(default=None, description="As in [moe].")
+    balance_loss: NonNegative | None = Field(default=None, description="As in [moe].")
+    bias_rate: NonNegative | None = Field(default=None, description="As in [moe].")
+    z_loss: NonNegative | None = Field(default=None, description="As in [moe].")
+    init: Init | None = Field(default=None, description="As in [moe].")
+    init_noise: NonNegative | None = Field(default=None, description="As in [moe].")
+    init_ratio: PositiveShare | None = Field(default=None, description="As in [moe].")
+    router_std: NonNegative | None = Field(default=None, description="As in [moe].")
 
     def changes(self) -> dict[str, object]:
         """The keys this override sets."""
@@ -155,9 +162,10 @@ class Moe(LayerSettings):
 
     layers: Selector = Field(description="Which feed-forwards become sparse: a layer selector.")
     override: Annotated[tuple[Override, ...], Listed] = Field(
-        (), description="Settings for some of the selected layers; a later override wins over an earlier one."
+        default=(),
+        description="Settings for some of the selected layers; a later override wins over an earlier one.",
     )
-    seed: Whole = Field(0, description="Seed of every newly drawn weight.")
+    seed: Whole = Field(default=0, description="Seed of every newly drawn weight.")
 
     @model_validator(mode="after")
     def _overrides_hold(self) -> Moe:

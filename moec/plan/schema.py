@@ -22,12 +22,14 @@ from moec.plan.training import Distill, Student, Train
 class Plan(Section):
     """A whole plan. An empty one leaves the model dense; tables that are left out have their defaults."""
 
-    moe: Moe | None = Field(None, description="Sparse layers; left out, the model stays dense.")
-    student: Student | None = Field(None, description="A shallower student; left out, the depth stays.")
-    distill: Distill | None = Field(None, description="A teacher's term in the loss; left out: none.")
-    parallel: Parallel = Field(Parallel(), description="Placement over ranks.")
-    train: Train = Field(Train(), description="Training.")
-    compile: Compile = Field(Compile(), description="Capture, checks and backend.")
+    moe: Moe | None = Field(default=None, description="Sparse layers; left out, the model stays dense.")
+    student: Student | None = Field(
+        default=None, description="A shallower student; left out, the depth stays."
+    )
+    distill: Distill | None = Field(default=None, description="A teacher's term in the loss; left out: none.")
+    parallel: Parallel = Field(default=Parallel(), description="Placement over ranks.")
+    train: Train = Field(default=Train(), description="Training.")
+    compile: Compile = Field(default=Compile(), description="Capture, checks and backend.")
 
     @classmethod
     def resolve(cls, plan: str | Path | Plan | Mapping[str, Any] | None) -> Plan:
@@ -97,10 +99,17 @@ class Plan(Section):
             )
             for position, override in enumerate(self.moe.override)
         ]
-        return {site: self._merged(rank, chosen) for rank, site in enumerate(sites)}
+        return {
+            site: self._merged(rank, chosen, f"layer {site} ({names[site]})")
+            for rank, site in enumerate(sites)
+        }
 
-    def _merged(self, rank: int, chosen: Sequence[list[int]]) -> LayerSettings:
+    def _merged(self, rank: int, chosen: Sequence[list[int]], layer: str) -> LayerSettings:
         """Settings of the selected site number `rank`; `chosen[i]` are the ranks that override i hits."""
         assert self.moe is not None
         hits = [override for override, ranks in zip(self.moe.override, chosen, strict=True) if rank in ranks]
-        return self.moe.overridden(hits)
+        try:
+            return self.moe.overridden(hits)
+        except PlanError as error:
+            where = f"moe.override, together at {layer}"
+            raise PlanError(where, error.found, error.needed, error.nearest) from None

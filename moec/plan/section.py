@@ -11,9 +11,9 @@ import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from moec.errors import PlanError, nearest
@@ -26,12 +26,15 @@ else:
 Path = tuple[str | int, ...]
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 class _Reworded(ModelMetaclass):
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (a metaclass)
-        try:
-            return super().__call__(*args, **kwargs)
-        except ValidationError as error:
-            raise plan_error(error, typing.cast(type[Section], cls), Source(cls.__name__)) from None
+    if not TYPE_CHECKING:  # so that checkers see the constructor's own parameters
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (a metaclass)
+            try:
+                return super().__call__(*args, **kwargs)
+            except ValidationError as error:
+                raise plan_error(error, cls, Source(cls.__name__)) from None
 
 
 class Section(BaseModel, metaclass=_Reworded):
@@ -144,7 +147,7 @@ def _needed(problem: ErrorDetails) -> str:
     kind = problem["type"]
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
-        return words.format(problem["ctx"][bound])
+        return words.format(problem.get("ctx", {})[bound])
     return _TYPES.get(kind) or problem["msg"]
 
 

@@ -22,9 +22,9 @@ from moec.plan.section import Section, complaint
 class Student(Section):
     """The `[student]` table (Mixture-of-Students): the same model with fewer layers."""
 
-    depth: Count | None = Field(None, description="Layers to keep, spread evenly over the teacher's.")
+    depth: Count | None = Field(default=None, description="Layers to keep, spread evenly over the teacher's.")
     keep: Annotated[tuple[Whole, ...], Listed] | None = Field(
-        None, description="The teacher's layers to keep, instead of depth."
+        default=None, description="The teacher's layers to keep, instead of depth."
     )
 
     @model_validator(mode="after")
@@ -40,10 +40,12 @@ class Student(Section):
 class Distill(Section):
     """The `[distill]` table: loss = task + alpha · temperature² · KL(teacher ‖ student)."""
 
-    alpha: NonNegative = Field(1.0, description="Weight of the teacher's term.")
-    temperature: Positive = Field(1.0, description="Softens both distributions before they are compared.")
+    alpha: NonNegative = Field(default=1.0, description="Weight of the teacher's term.")
+    temperature: Positive = Field(
+        default=1.0, description="Softens both distributions before they are compared."
+    )
     stop: Share = Field(
-        1.0,
+        default=1.0,
         description="Fraction of the training after which only the task loss remains (staged distillation).",
     )
 
@@ -59,11 +61,13 @@ def _short_warmup(settings: dict[str, Any]) -> int:
 class Train(Section):
     """The `[train]` table: one run of the trainer."""
 
-    steps: Count = Field(1000, description="Optimizer steps.")
-    batch: Count = Field(16, description="Sequences in one optimizer step.")
-    sequence: Count = Field(256, description="Tokens in one sequence.")
-    accumulate: Count = Field(1, description="Equal parts that a batch is computed in; divides batch.")
-    lr: Positive = Field(1e-3, description="Highest learning rate.")
+    steps: Count = Field(default=1000, description="Optimizer steps.")
+    batch: Count = Field(default=16, description="Sequences in one optimizer step.")
+    sequence: Count = Field(default=256, description="Tokens in one sequence.")
+    accumulate: Count = Field(
+        default=1, description="Equal parts that a batch is computed in; divides batch."
+    )
+    lr: Positive = Field(default=1e-3, description="Highest learning rate.")
     min_lr: NonNegative = Field(
         default_factory=_final_lr,
         description="Learning rate that the cosine ends at; a tenth of lr when left out.",
@@ -72,18 +76,26 @@ class Train(Section):
         default_factory=_short_warmup,
         description="Steps in which the rate climbs from zero; left out: 100, or a tenth of steps if fewer.",
     )
-    weight_decay: NonNegative = Field(0.1, description="AdamW's decay of matrices; vectors are not decayed.")
-    betas: Annotated[tuple[BelowOne, BelowOne], Listed] = Field(
-        (0.9, 0.95), description="AdamW's two averages."
+    weight_decay: NonNegative = Field(
+        default=0.1, description="AdamW's decay of matrices; vectors are not decayed."
     )
-    clip: NonNegative = Field(1.0, description="Largest norm of the whole gradient; 0 leaves it alone.")
-    dtype: TrainDtype = Field("fp32", description="Arithmetic: fp32, or bf16 with fp32 master weights.")
-    seed: Whole = Field(0, description="Seed of the batches, of dropout and of routing noise.")
-    log_every: Count = Field(10, description="Steps between lines of the log.")
-    eval_every: Whole = Field(200, description="Steps between evaluations; 0 evaluates at the end alone.")
-    eval_batches: Count = Field(8, description="Held-out batches in one evaluation.")
-    save_every: Whole = Field(200, description="Steps between checkpoints; 0 saves at the end alone.")
-    keep: Count = Field(2, description="Newest checkpoints that stay on disk.")
+    betas: Annotated[tuple[BelowOne, BelowOne], Listed] = Field(
+        default=(0.9, 0.95), description="AdamW's two averages."
+    )
+    clip: NonNegative = Field(
+        default=1.0, description="Largest norm of the whole gradient; 0 leaves it alone."
+    )
+    dtype: TrainDtype = Field(
+        default="fp32", description="Arithmetic: fp32, or bf16 with fp32 master weights."
+    )
+    seed: Whole = Field(default=0, description="Seed of the batches, of dropout and of routing noise.")
+    log_every: Count = Field(default=10, description="Steps between lines of the log.")
+    eval_every: Whole = Field(
+        default=200, description="Steps between evaluations; 0 evaluates at the end alone."
+    )
+    eval_batches: Count = Field(default=8, description="Held-out batches in one evaluation.")
+    save_every: Whole = Field(default=200, description="Steps between checkpoints; 0 saves at the end alone.")
+    keep: Count = Field(default=2, description="Newest checkpoints that stay on disk.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:
