@@ -74,6 +74,8 @@ def test_the_forms_of_the_design() -> None:
     assert resolve("-2:", 7) == [5, 6]
     assert resolve("depth>0.5", 4) == [3]
     assert resolve("depth >= 0.5", 4) == [2, 3]
+    assert resolve("depth<=0.3", 10) == resolve("depth<0.4", 10) == [0, 1, 2, 3]  # floats err both ways
+    assert resolve([3, 1, -4, 3], 7) == [1, 3]
     assert resolve(3, 7) == resolve("3", 7) == resolve("-4", 7) == [3]
 
 
