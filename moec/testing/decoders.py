@@ -14,8 +14,8 @@ import math
 
 from hypothesis import strategies as st
 
-from .parts.attention import ATTENTION_KINDS, AttentionRecipe, Qkv
-from .parts.feed_forward import ACTIVATIONS, FUSED, FeedForwardRecipe
+from .parts.attention import ATTENTION_KINDS, AttentionRecipe, Qkv, Repeat
+from .parts.feed_forward import ACTIVATIONS, FUSED, Container, FeedForwardRecipe, Gating
 from .parts.norms import NORM_KINDS, NormRecipe
 from .parts.positions import MASK_SPELLINGS, POSITIONS, Positions
 from .parts.projections import SPELLINGS
@@ -23,6 +23,9 @@ from .recipe import BlockForm, DecoderRecipe, Interface, Names, Share, Tied
 
 BLOCKS: tuple[BlockForm, ...] = ("pre", "post", "sandwich", "parallel_one_norm", "parallel_two_norms")
 INTERFACES: tuple[Interface, ...] = ("logits", "targets", "tuple", "dataclass")
+GATINGS: tuple[Gating, ...] = ("none", "separate", "fused")
+QKV: tuple[Qkv, ...] = ("separate", "split", "groups", "chunk", "view", "heads")  # from the fourth: no groups
+REPEATS: tuple[Repeat, ...] = ("expand", "repeat_interleave", "enable_gqa")
 SHARES: tuple[Share, ...] = ("none", "ffn", "block")
 TIES: tuple[Tied, ...] = ("no", "module", "functional")
 WIDTHS = (8, 5, 7, 4, 11, 12, 16, 19, 24, 31, 40)
@@ -61,12 +64,7 @@ def attentions(draw: st.DrawFn, positions: Positions = "learned", *, float32: bo
     kinds = ATTENTION_KINDS if positions != "alibi" else ATTENTION_KINDS[2:]
     kind = draw(st.sampled_from(kinds))
     eager, masked = not kind.startswith("sdpa"), kind != "sdpa_causal"
-    fused: tuple[Qkv, ...] = (
-        "separate",
-        "split",
-        "groups",
-        *(("chunk", "view", "heads") if times == 1 else ()),
-    )
+    fused = QKV if times == 1 else QKV[:3]
     return AttentionRecipe(
         num_heads=num_kv * times,
         num_kv_heads=num_kv,
@@ -76,9 +74,7 @@ def attentions(draw: st.DrawFn, positions: Positions = "learned", *, float32: bo
         mask=draw(st.sampled_from(MASK_SPELLINGS)) if masked else "tril",
         fill=draw(st.sampled_from((-math.inf, -1e30, -1e9))) if masked else -math.inf,
         qkv=draw(st.sampled_from(fused)),
-        repeat=draw(st.sampled_from(("expand", "repeat_interleave", "enable_gqa")))
-        if times > 1
-        else "expand",
+        repeat=draw(st.sampled_from(REPEATS if times > 1 else REPEATS[:1])),
         bias=draw(st.booleans()),
         out_bias=draw(st.booleans()),
         spelling=draw(st.sampled_from(SPELLINGS)),
@@ -95,14 +91,12 @@ def attentions(draw: st.DrawFn, positions: Positions = "learned", *, float32: bo
 @st.composite
 def feed_forwards(draw: st.DrawFn, *, modules_only: bool = False) -> FeedForwardRecipe:
     """Any feed-forward; `modules_only` leaves out those whose parameters stand on the block itself."""
-    gating = draw(st.sampled_from(("none", "separate", "fused")))
+    gating = draw(st.sampled_from(GATINGS))
     taken = {"none": {"identity"}, "separate": set(), "fused": {"relu_in_place"}}[gating]
-    containers = [
-        "module",
-        *([] if modules_only else ["inline"]),
-        *(["sequential"] if gating == "none" else []),
-    ]
-    container = draw(st.sampled_from(containers))
+    sequential: tuple[Container, ...] = ("sequential",) if gating == "none" else ()
+    inline: tuple[Container, ...] = () if modules_only else ("inline",)
+    plain: tuple[Container, ...] = ("module",)
+    container = draw(st.sampled_from(plain + inline + sequential))
     return FeedForwardRecipe(
         hidden=draw(st.sampled_from(HIDDENS)),
         activation=draw(st.sampled_from([name for name in ACTIVATIONS if name not in taken])),
@@ -130,8 +124,8 @@ def decoders(
 ) -> DecoderRecipe:
     """Any decoder recipe.
 
-    `float32=False` leaves out models that cast token values to fp32 and back: in fp64 their answers carry fp32
-    rounding, so nothing can be compared to 1e-10. `dropout=False` leaves dropout out everywhere.
+    `float32=False` leaves out models that cast token values to fp32 and back: in fp64 their answers carry
+    fp32 rounding, so nothing can be compared to 1e-10. `dropout=False` leaves dropout out everywhere.
     """
     positions = draw(st.sampled_from([p for p in POSITIONS if float32 or p != "rotary_complex"]))
     share = draw(st.sampled_from(shares))

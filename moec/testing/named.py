@@ -84,7 +84,9 @@ NAMED: dict[str, DecoderRecipe] = {
     "albert_like": DecoderRecipe(
         num_layers=3, block="post", share="block", final_norm=False, ffn=FeedForwardRecipe(32, "gelu_by_hand")
     ),
-    "shared_ffn": DecoderRecipe(num_layers=3, share="ffn", ffn=FeedForwardRecipe(17, "silu", "fused", "view")),
+    "shared_ffn": DecoderRecipe(
+        num_layers=3, share="ffn", ffn=FeedForwardRecipe(17, "silu", "fused", "view")
+    ),
     "primer_like": DecoderRecipe(
         d_model=7, norm=NormRecipe("layer", weight=False, bias=False), in_place_adds=True,
         attention=AttentionRecipe(3, 3, 5, qkv="view", spelling="t"),

@@ -70,8 +70,8 @@ class Answer:
 class DecoderRecipe:
     """An ordinary dense decoder: tokens i64 [B, S] → logits [B, S, V], S ≤ `max_positions`.
 
-    `tables_once`: masks and rotary tables are made once by the model, not by each layer. `in_place_adds`: residual
-    sums are written with `+=`. `interface`: what `forward` takes and returns (see `logits`).
+    `tables_once`: masks and rotary tables are made once by the model, not by each layer. `in_place_adds`:
+    residual sums are written with `+=`. `interface`: what `forward` takes and returns (see `logits`).
     """
 
     vocab: int = 23
@@ -129,7 +129,8 @@ class DecoderRecipe:
     ) -> Decoder:
         """The model, in train mode, every parameter drawn from `seed` (the same values in every dtype).
 
-        On `meta` nothing is drawn. `substitutes`: layer → what makes a module to put in place of its feed-forward.
+        On `meta` nothing is drawn. `substitutes`: layer → what makes a module to stand in place of its
+        feed-forward.
         """
         with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
             model = DECODERS[self.interface](self, substitutes)
@@ -171,8 +172,8 @@ class DecoderRecipe:
 
 
 def fill_parameters(model: nn.Module, seed: int) -> None:
-    """Draw every parameter of `model` from `seed`, in place: matrices scaled by their rows, vectors near their
-    initial value, so that nothing is zero, one, or the same by accident."""
+    """Draw every parameter of `model` from `seed`, in place: matrices scaled by their rows, vectors near
+    their initial value, so that nothing is zero, one, or the same by accident."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

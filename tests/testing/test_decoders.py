@@ -1,4 +1,4 @@
-"""The random decoders are what they claim: causal, deterministic, connected, exportable, and truly answered."""
+"""The random decoders are what they claim: causal, deterministic, connected, exportable, truly answered."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class _LogitsOnly(nn.Module):
 
 
 def check_exports(recipe: DecoderRecipe) -> None:
-    """As capture must: non-strict, batch and sequence dynamic, from a two-by-nine sample, then at other sizes."""
+    """As capture must: non-strict, batch and sequence dynamic, from a two-by-nine sample."""
     model = _LogitsOnly(recipe, recipe.build(3, torch.float64)).eval()
     sizes = ({0: Dim.AUTO, 1: Dim.AUTO},)
     exported = torch.export.export(model, (recipe.tokens(),), strict=False, dynamic_shapes=sizes).module()

@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """tokens i64 [B, S] → logits [B, S, V]; `substitutes` puts other modules in the place of some feed-forwards."""
+    """tokens i64 [B, S] → logits [B, S, V]; `substitutes` stand in the place of some feed-forwards."""
 
     def __init__(
         self, recipe: DecoderRecipe, substitutes: Mapping[int, MakeFeedForward] | None = None

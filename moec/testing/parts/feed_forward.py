@@ -1,4 +1,4 @@
-"""Feed-forwards in the spellings people use: plain, gated, fused; any activation; module, inline or sequential."""
+"""Feed-forwards as people spell them: plain, gated, fused; any activation; module, inline, sequential."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Activation(nn.Module):
 class FeedForwardRecipe:
     """One spelling of a feed-forward.
 
-    `gating`: `none` is down(act(up x)); `separate` down(act(gate x) · up x); `fused` the same with gate and up as
-    one projection, taken apart as `fused` says. `container`: a module of its own, weights directly on the block
-    (`inline`), or an `nn.Sequential` (only without gating, with `spelling` `module`). `names` are the attribute
-    names for up, gate, down and the fused pair.
+    `gating`: `none` is down(act(up x)); `separate` is down(act(gate x) · up x); `fused` is the same with
+    gate and up as one projection, taken apart as `fused` says. `container`: a module of its own, weights
+    directly on the block (`inline`), or an `nn.Sequential` (only without gating, with `spelling` `module`).
+    `names` are the attribute names for up, gate, down and the fused pair.
     """
 
     hidden: int = 16
@@ -75,7 +75,7 @@ class FeedForwardRecipe:
     names: tuple[str, str, str, str] = ("up", "gate", "down", "gate_up")
 
     def projections(self, d_model: int) -> dict[str, tuple[str, int, int]]:
-        """Role → (attribute name, in, out). Roles: `up`, `down`, and `gate`, or `gate_up` for the fused pair."""
+        """Role → (attribute, in, out). Roles: `up`, `down`, and `gate`, or `gate_up` for a fused pair."""
         up, gate, down, both = self.names
         table = {"gate_up": (both, d_model, 2 * self.hidden)}
         if self.gating != "fused":
@@ -85,7 +85,7 @@ class FeedForwardRecipe:
         return table | {"down": (down, self.hidden, d_model)}
 
     def parameter_names(self, prefix: str) -> dict[str, ProjectionNames]:
-        """Ground truth: role → the parameters of a feed-forward whose owner is at the dotted path `prefix`."""
+        """Ground truth: role → the parameters of a feed-forward whose owner is at the path `prefix`."""
         if self.container == "sequential":
             last = 3 if self.hidden_dropout else 2
             return {

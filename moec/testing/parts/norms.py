@@ -16,8 +16,8 @@ NORM_KINDS: tuple[NormKind, ...] = ("layer", "rms", "layer_by_hand", "rms_rsqrt"
 class NormRecipe:
     """One normalisation over the last dimension.
 
-    `weight` and `bias`: whether there is one; `one_plus`: scales by (1 + weight), as Gemma does (by hand only);
-    `float32`: computes in fp32 and casts back (by hand only).
+    `weight` and `bias`: whether there is one; `one_plus`: scales by (1 + weight), as Gemma does (by hand
+    only); `float32`: computes in fp32 and casts back (by hand only).
     """
 
     kind: NormKind = "layer"

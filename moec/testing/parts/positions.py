@@ -25,10 +25,10 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class PositionTables(nn.Module):
-    """Makes, for S positions, the rotary pair (cos, sin) [S, R], the ALiBi bias [H, S, S] and the mask [S, S].
+    """Makes, for S positions, the rotary pair (cos, sin) [S, R/2], the ALiBi bias [H, S, S], the mask [S, S].
 
-    Each is None where the attention has no use for it. With `stored_tables` the rotary pair is a buffer that is
-    sliced; otherwise it is computed from the frequencies in every call.
+    Each is None where the attention has no use for it. With `stored_tables` the rotary pair is a buffer that
+    is sliced; otherwise it is computed from the frequencies in every call.
     """
 
     keep: Tensor
@@ -93,7 +93,7 @@ class PositionTables(nn.Module):
 
 
 def rotate(x_BHSD: Tensor, rotary: Rotary, positions: Positions) -> Tensor:
-    """Turn the first R channels of x [B, H, S, D] by the angles of `rotary` (cos, sin [S, R/2]); keep the rest."""
+    """Turn the first R channels of x [B, H, S, D] by `rotary` (cos and sin, [S, R/2]); keep the rest."""
     dim = 2 * rotary[0].size(-1)
     if dim == x_BHSD.size(-1):
         return _TURNS[positions](x_BHSD, *rotary)

@@ -21,7 +21,7 @@ _STORED_IN_OUT = ("addmm", "matmul")
 
 @dataclass(frozen=True)
 class ProjectionNames:
-    """Where one projection's parameters stand: dotted names from the model's root, and the weight's layout."""
+    """Where one projection's parameters stand: dotted names from the model's root, and the layout."""
 
     weight: str
     bias: str | None
@@ -46,7 +46,7 @@ class Affine(nn.Module):
 def add_projection(
     owner: nn.Module, name: str, num_in: int, num_out: int, *, bias: bool, spelling: Spelling
 ) -> None:
-    """Give `owner` the parameters of one projection, unset (the recipe fills every parameter from its seed)."""
+    """Give `owner` the parameters of one projection, unset (a recipe fills every parameter from a seed)."""
     if spelling == "module":
         owner.add_module(name, nn.Linear(num_in, num_out, bias=bias))
     elif spelling == "addmm":
