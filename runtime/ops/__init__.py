@@ -2,7 +2,8 @@
 
 One file a family: schema, shape rule, gradient, kernel. `reference` says what each one means in plain loops.
 
-Legend: T tokens, D model, F hidden, E experts, K chosen, N rows = T*K. Slot n = t*K + k is token t's k-th choice.
+Legend: T tokens, D model, F hidden, E experts, K chosen, N rows = T*K. Slot n = t*K + k is the k-th choice of
+token t.
 """
 
 from __future__ import annotations

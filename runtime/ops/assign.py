@@ -62,7 +62,7 @@ def _assign(
     factor = capacity_factor if training else eval_capacity_factor
     slots_N = experts.reshape(-1)
     if factor > 0.0:
-        capacity = expert_capacity(*experts.shape, num_experts, factor, min_capacity)
+        capacity = expert_capacity(experts.shape[0], experts.shape[1], num_experts, factor, min_capacity)
         if capacity < experts.shape[0]:
             slots_N = _send_overflow_away(experts, capacity, num_experts, random and training)
     grouped_N, order_N = torch.sort(slots_N, stable=True)

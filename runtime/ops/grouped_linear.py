@@ -8,8 +8,8 @@
         for each expert the sum of its rows: the gradient of `bias`
 
 The gradient of `rows` is `grouped_linear` with the weights transposed, so these three are closed. Each writes
-every expert's product straight into its slice of one result: indexing `weight[e]` under autograd instead would
-write a gradient the size of the whole weight for every expert. Experts without rows are neither read nor
+every expert's product straight into its slice of one result: indexing `weight[e]` under autograd would write
+a gradient the size of the whole weight for every expert. Experts without rows are neither read nor
 multiplied; their gradients are zeros. Under autocast, inputs take the autocast dtype, as for `linear`.
 """
 
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.runtime.ops.buffers import GRADIENTS
+from moec.runtime.ops.products import multiply
 from moec.runtime.ops.registry import LIBRARY, define, demand, differentiate
 
 
@@ -62,18 +64,19 @@ def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: T
     end = 0
     for expert, start, count in spans(counts, rows.shape[0]):
         end = start + count
-        x, y, w = rows[start:end], out[start:end], weight[expert].t()
-        torch.mm(x, w, out=y) if bias is None else torch.addmm(bias[expert], x, w, out=y)
+        multiply(rows[start:end], weight[expert], None if bias is None else bias[expert], out[start:end])
     out[end:].zero_()
     return out
 
 
 def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
-    out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
+    shape = (counts.shape[0], left.shape[1], right.shape[1])
+    out = GRADIENTS.empty(shape, left.dtype, left.device)
     done = 0
     for expert, start, count in spans(counts, left.shape[0]):
         out[done:expert].zero_()
-        torch.mm(left[start : start + count].t(), right[start : start + count], out=out[expert])
+        end = start + count
+        multiply(left[start:end].t(), right[start:end].t(), None, out[expert])
         done = expert + 1
     out[done:].zero_()
     return out

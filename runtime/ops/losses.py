@@ -1,9 +1,9 @@
 """The terms that keep a router healthy: `moec::balance_loss` and `moec::z_loss`.
 
     balance_loss(scores [T,E], experts [T,K]) -> f32[]
-        E/K * sum over e of mean-probability(e) * fraction-routed(e), where fraction-routed(e) is the number of
-        slots that chose e, divided by T. DeepSpeed's `topkgating` (and its `top1gating` for K = 1); it is
-        minimal, 1, when the routing is even. Gradients flow through the probabilities only.
+        E/K * sum over e of mean-probability(e) * fraction-routed(e): mean softmax probability, and the slots
+        that chose e divided by T. DeepSpeed's `topkgating` (its `top1gating` for K = 1); 1 when routing is
+        even. Gradients flow through the probabilities only.
     z_loss(scores [T,E]) -> f32[]
         mean over tokens of logsumexp(scores) squared (ST-MoE, section 3.3).
 

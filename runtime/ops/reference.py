@@ -76,7 +76,7 @@ def assign(
         arrivals = draws.arrival(tokens * top_k, experts.device).tolist()
     chosen = experts.flatten().tolist()
     kept: list[list[int]] = [[] for _ in range(num_experts)]
-    dropped = []
+    dropped: list[int] = []
     for slot in arrivals:
         place = kept[chosen[slot]]
         (place if len(place) < capacity else dropped).append(slot)

@@ -35,7 +35,7 @@ def define_composite(schema: str, function: Kernel, *, random: bool = False) -> 
 
 
 def differentiate(name: str, setup: Kernel, backward: Kernel) -> None:
-    """Give operator `name` its gradient: `setup(ctx, inputs, output)` saves, `backward(ctx, *grads)` returns."""
+    """Give operator `name` its gradient, as `torch.library.register_autograd` does."""
     torch.library.register_autograd(f"moec::{name}", backward, setup_context=setup, lib=LIBRARY)
 
 

@@ -10,7 +10,7 @@ affinity + bias; the bias never touches the weights (DeepSeek-V3, auxiliary-loss
     straight-through   forward as normalized, held constant; backward through p / stop_gradient(p)
     sigmoid            w = s / sum of chosen s
 
-**Ties go to the lower expert index**, on every device: `argmax` returns the first maximum and the sort is stable.
+**Ties go to the lower expert index**, on every device: `argmax` gives the first maximum, the sort is stable.
 Without a bias the raw scores are compared, not the affinities, so rounding in softmax or sigmoid (underflow
 to 0, saturation at 1) cannot create or reorder ties, and a choice does not depend on the rest of the batch.
 
