@@ -1,0 +1,219 @@
+"""A program as Python that runs and that a person can read.
+
+Regions come first, those that are alike only once (`ffn_1 = ffn_2 = ffn_0`); then `forward`, block by block,
+with the symbolic shape of every value at the right.
+
+`program_text` prints, `moec.ir.parse.parse_program` reads the same text back without running it, and
+`moec.ir.bind.bind` runs it on a program's weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from .kinds import NUMBERS, infer_kinds
+from .layout import Function, Line, function_text, import_lines
+from .overloads import Kind
+from .region import region_of
+from .shapes import symbols
+from .spelling import Spelling, printable
+
+_SHORT_DTYPE = {
+    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.bool: "bool",
+}  # fmt: skip
+_REGION_NAME = re.compile(r"[A-Za-z]+_[0-9]+\Z")
+
+
+def program_text(root: fx.GraphModule, *title: str) -> str:
+    """The whole program below `root` as Python: imports, one function per distinct region, then `forward`.
+
+    `title`: lines of text put at the top as comments. Reads the graph and `node.meta` (`val`, `path`,
+    `source`); changes nothing. Raises `ValueError` when a node holds a value that no text can express.
+    """
+    return _Printer(root).text(title)
+
+
+def unpacked_name(base: str, taken: Iterable[str]) -> str:
+    """The name a value has when the text unpacks it and so does not name it: `split`, then `split_1`, …"""
+    names, candidate, count = set(taken), base, 0
+    while candidate in names:
+        count += 1
+        candidate = f"{base}_{count}"
+    return candidate
+
+
+class _Printer:
+    """Prints one root, twice: once to learn which words are used, then with variables that avoid them."""
+
+    def __init__(self, root: fx.GraphModule) -> None:
+        self.root = root
+        self.letters = symbols(root)
+        self.dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+        self.kinds: dict[str, dict[fx.Node, Kind]] = {}
+        self.inputs: dict[str, tuple[Kind, ...]] = {}
+        self._infer("", root, ())
+
+    def _infer(self, path: str, module: fx.GraphModule, inputs: tuple[Kind, ...]) -> Kind:
+        """Kinds of this graph and of the regions it calls; a region is printed for its first call."""
+
+        def call(node: fx.Node, given: tuple[Kind, ...]) -> Kind:
+            child = module.get_submodule(str(node.target))
+            name = f"{path}.{node.target}".lstrip(".")
+            return self._infer(name, child, given) if isinstance(child, fx.GraphModule) else "unknown"
+
+        kinds, returned = infer_kinds(module.graph, inputs, call)
+        self.kinds.setdefault(path, kinds)
+        self.inputs.setdefault(path, inputs)
+        return returned
+
+    def text(self, title: Sequence[str]) -> str:
+        words = self._functions(set())[1]
+        functions, words = self._functions(words)
+        chunks = [*(f"# {printable(line)}".rstrip() for line in title)]
+        parts = ["\n".join(chunks)] if chunks else []
+        parts.append(import_lines(words))
+        parts += [function_text(function) for function in functions]
+        return "\n\n\n".join(part for part in parts if part) + "\n"
+
+    def _functions(self, taken: set[str]) -> tuple[list[Function], set[str]]:
+        """Every distinct function, regions in calling order and `forward` last, and the words they use."""
+        distinct: dict[str, Function] = {}
+        words: set[str] = set()
+        for path in [*(path for path in self.kinds if path), ""]:
+            module = self.root.get_submodule(path)
+            assert isinstance(module, fx.GraphModule)
+            spelling = Spelling(self.kinds[path], taken)
+            function = self._function(path, module, spelling)
+            words |= spelling.words
+            same = distinct.setdefault(function.body, function)
+            same.regions.append((function_name(path), region_of(module)))
+        return list(distinct.values()), words
+
+    def _function(self, path: str, module: fx.GraphModule, spelling: Spelling) -> Function:
+        nodes = list(module.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        declared = [f"{spelling.name(node)}{_annotation(self.kinds[path][node])}" for node in inputs]
+        header = f"({', '.join(['self', *declared])})"
+        return Function(header, list(self._lines(nodes, module, spelling)))
+
+    def _lines(self, nodes: list[fx.Node], module: fx.GraphModule, spelling: Spelling) -> Iterable[Line]:
+        block, written = "", [node.name for node in nodes if node.op == "placeholder"]
+        skipped: set[fx.Node] = set()
+        for position, node in enumerate(nodes):
+            if node.op in ("placeholder", "get_attr") or node in skipped:
+                continue
+            if node.op == "output":
+                yield Line(f"return {spelling.value(node.args[0])}", "", block)
+                continue
+            block = _block_of(node, module, block)
+            items = _unpacked(nodes, position, module) if node.name == _expected_name(node, written) else []
+            skipped.update(item for item in items if item is not None)
+            written += [node.name, *(item.name for item in items if item is not None)]
+            yield self._line(node, items, spelling, block)
+
+    def _line(self, node: fx.Node, items: list[fx.Node | None], spelling: Spelling, block: str) -> Line:
+        names = [spelling.name(item) if item is not None else "_" for item in items] or [spelling.name(node)]
+        code = f"{', '.join(names)}{',' if len(items) == 1 else ''} = {spelling.expression(node)}"
+        return Line(code, self._shape(node.meta.get("val")), block, str(node.meta.get("source") or ""))
+
+    # shapes
+
+    def _shape(self, value: Any) -> str:
+        if isinstance(value, Tensor):
+            shape = f"[{', '.join(map(self._size, value.shape))}]"
+            return shape if value.dtype == self.dtype else f"{_dtype(value.dtype)} {shape}"
+        if isinstance(value, tuple | list):
+            shapes = [self._shape(item) for item in value if isinstance(item, Tensor)]
+            alike = len(shapes) > 2 and len(set(shapes)) == 1
+            return f"{len(shapes)} × {shapes[0]}" if alike else ", ".join(shapes)
+        return self._size(value) if isinstance(value, torch.SymInt) else ""
+
+    def _size(self, size: int | torch.SymInt) -> str:
+        if isinstance(size, int):
+            return str(size)
+        expression = size.node.expr
+        names = {symbol: self.letters.get(str(symbol), str(symbol)) for symbol in expression.free_symbols}
+        return re.sub(r"\s+", "", str(expression.subs(names))) if names else str(expression)
+
+
+def function_name(path: str) -> str:
+    """The function that a region's body is printed as; the root is `forward`."""
+    if not path or _REGION_NAME.match(path):
+        return path or "forward"
+    return "region_" + re.sub(r"[^A-Za-z0-9_]", "_", path.replace(".", "__"))
+
+
+def _annotation(kind: Kind) -> str:
+    """Inputs are tensors unless they say otherwise: `S: int`."""
+    if kind not in ("tensor", "unknown", *NUMBERS):
+        raise ValueError(f"an input of kind {kind} cannot be printed; pass its parts one by one")
+    return f": {kind}" if kind in NUMBERS else ""
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return _SHORT_DTYPE.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _expected_name(node: fx.Node, written: list[str]) -> str:
+    base = node.target._opname if isinstance(node.target, OpOverload) else str(node.target)
+    return unpacked_name(base, written)
+
+
+def _unpacked(nodes: list[fx.Node], position: int, module: fx.GraphModule) -> list[fx.Node | None]:
+    """The items right after a list-valued node when they are all that is read of it, unread ones as None."""
+    node = nodes[position]
+    count = _length(node, module)
+    items: list[fx.Node | None] = [None] * count
+    following = nodes[position + 1 : position + 1 + len(node.users)]
+    last = -1
+    for item in following:
+        if not _is_item_of(item, node) or not last < item.args[1] < count:  # type: ignore[operator]
+            return []
+        last = int(item.args[1])  # type: ignore[arg-type]
+        items[last] = item
+    return items if node.users else []
+
+
+def _is_item_of(item: fx.Node, node: fx.Node) -> bool:
+    name = getattr(item.target, "__name__", "")
+    return name == "getitem" and item.args[0] is node and type(item.args[1]) is int
+
+
+def _length(node: fx.Node, module: fx.GraphModule) -> int:
+    """How many values `node` gives; 0 when that is not known or it gives just one."""
+    value = node.meta.get("val")
+    if isinstance(value, tuple | list):
+        return len(value)
+    if isinstance(node.target, OpOverload):
+        count = len(node.target._schema.returns)
+        return count if count > 1 else 0
+    child = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if not isinstance(child, fx.GraphModule):
+        return 0
+    returned = next(iter(reversed(child.graph.nodes))).args[0]
+    return len(returned) if isinstance(returned, tuple | list) else 0
+
+
+def _block_of(node: fx.Node, module: fx.GraphModule, present: str) -> str:
+    """`3 · transformer.h.3`, from the module path of a node or of the region it calls; '' outside of blocks.
+
+    A node that remembers no path belongs to the block it stands in.
+    """
+    path = _path_of(node, module)
+    if not path:
+        return present
+    atoms = path.split(".")
+    number = next((i for i, atom in enumerate(atoms) if atom.isdigit()), None)
+    return f"{atoms[number]} · {'.'.join(atoms[: number + 1])}" if number is not None else ""
+
+
+def _path_of(node: fx.Node, module: fx.GraphModule) -> str:
+    region = region_of(module.get_submodule(str(node.target))) if node.op == "call_module" else None
+    return region.path if region is not None and region.path else str(node.meta.get("path") or "")
