@@ -38,7 +38,7 @@ stand. This package needs `hypothesis`: `pip install moec[testing]`."""
 
 from __future__ import annotations
 
-# At once, not lazily: `decoders`, `decoys` and `plans` are strategies and also the modules they live in, and only
+# At once, not lazily: `decoders`, `decoys` and `plans` are strategies and also the modules they live in; only
 # names bound here, after the modules were loaded, are sure to be the strategies.
 from moec.testing.decoders import attentions, decoders, feed_forwards, norms
 from moec.testing.decoys import DECOYS, DecoyRecipe, decoys

@@ -171,6 +171,18 @@ class DecoderRecipe:
         return Site(layer, path, self.ffn.parameter_names(path))
 
 
+class LogitsOnly(nn.Module):
+    """A recipe's model as a module from tokens to logits [B, S, V], whatever its interface."""
+
+    def __init__(self, recipe: DecoderRecipe, model: nn.Module) -> None:
+        super().__init__()
+        self.recipe, self.model = recipe, model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of every position."""
+        return self.recipe.logits(self.model, tokens)
+
+
 def fill_parameters(model: nn.Module, seed: int) -> None:
     """Draw every parameter of `model` from `seed`, in place: matrices scaled by their rows, vectors near
     their initial value, so that nothing is zero, one, or the same by accident."""

@@ -148,8 +148,8 @@ def _compare_one(name: str, found: Tensor, needed: Tensor, tolerance: float | No
     error = error_of(found, needed, floor)
     if error <= allowed:
         return
-    gap = (found.detach().double() - needed.detach().double()).abs().nan_to_num(nan=float("inf")).flatten()
-    index = int(gap.argmax())
+    gap = (found.detach().double() - needed.detach().double()).abs()
+    index = int(gap.nan_to_num(nan=float("inf"), posinf=float("inf")).flatten().argmax())
     at = [int(i) for i in torch.unravel_index(torch.tensor(index), needed.shape)]
     values = f"{float(found.flatten()[index])} at {at}, needed {float(needed.flatten()[index])}"
     raise AssertionError(

@@ -48,5 +48,5 @@ def error_of(found: Tensor, needed: Tensor, floor: float = 0.0) -> float:
         return 0.0
     found_64, needed_64 = found.detach().to("cpu", torch.float64), needed.detach().to("cpu", torch.float64)
     gap = (found_64 - needed_64).abs().masked_fill(found_64 == needed_64, 0.0)
-    error = float(gap.nan_to_num(nan=float("inf")).amax())
+    error = float(gap.nan_to_num(nan=float("inf"), posinf=float("inf")).amax())
     return error / (max(scale_of(needed_64), floor) or 1.0)

@@ -10,7 +10,7 @@ from torch.export import Dim
 
 from moec.testing.decoders import decoders
 from moec.testing.named import NAMED
-from moec.testing.recipe import DecoderRecipe
+from moec.testing.recipe import DecoderRecipe, LogitsOnly
 
 EXPORTED = (
     "nano_gpt",
@@ -79,20 +79,9 @@ def test_a_recipe_prints_as_the_expression_that_rebuilds_it(recipe: DecoderRecip
     assert eval(repr(recipe), dict(vars(vocabulary))) == recipe
 
 
-class _LogitsOnly(nn.Module):
-    """What a capture must make of any interface: tokens in, logits out."""
-
-    def __init__(self, recipe: DecoderRecipe, model: nn.Module) -> None:
-        super().__init__()
-        self.recipe, self.model = recipe, model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.recipe.logits(self.model, tokens)
-
-
 def check_exports(recipe: DecoderRecipe) -> None:
     """As capture must: non-strict, batch and sequence dynamic, from a two-by-nine sample."""
-    model = _LogitsOnly(recipe, recipe.build(3, torch.float64)).eval()
+    model = LogitsOnly(recipe, recipe.build(3, torch.float64)).eval()
     sizes = ({0: Dim.AUTO, 1: Dim.AUTO},)
     exported = torch.export.export(model, (recipe.tokens(),), strict=False, dynamic_shapes=sizes).module()
     for batch, length in ((2, 9), (1, 9), (3, 5), (1, 1)):

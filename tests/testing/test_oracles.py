@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import moec.runtime.ops  # noqa: F401 (registers torch.ops.moec)
 from moec.testing import feed_forwards, moe_oracle
 from moec.testing.oracles import Gate, choose, keep_within_capacity
 from moec.testing.parts.feed_forward import FeedForward, FeedForwardRecipe

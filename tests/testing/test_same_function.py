@@ -42,7 +42,7 @@ def test_a_copy_is_the_same_function_and_no_grad_is_left_behind() -> None:
 def test_dropout_draws_alike_on_both_sides() -> None:
     model, inputs = _model("opt_like")
     assert_same_function(model.train(), copy.deepcopy(model).train(), inputs)
-    with pytest.raises(AssertionError, match="^output: error"):
+    with pytest.raises(AssertionError, match=r"^output: error"):
         assert_same_function(model, copy.deepcopy(model).eval(), inputs)
 
 
@@ -68,13 +68,13 @@ def test_a_detached_gradient_is_caught_by_name() -> None:
     twin = _Detached(5, 3, dtype=torch.float64)
     twin.load_state_dict(linear.state_dict())
     assert_same_function(linear, twin, (x,), gradients=False)
-    with pytest.raises(AssertionError, match="^gradient of bias: error"):
+    with pytest.raises(AssertionError, match=r"^gradient of bias: error"):
         assert_same_function(linear, twin, (x,))
 
 
 def test_gradients_of_inputs_are_compared() -> None:
     x = torch.randn(4, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="^gradient of input 0"):
+    with pytest.raises(AssertionError, match=r"^gradient of input 0"):
         assert_same_function(lambda v: v * v, lambda v: v * v.detach(), (x,))
 
 

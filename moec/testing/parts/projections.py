@@ -62,8 +62,9 @@ def project(owner: nn.Module, name: str, x: Tensor, *, bias: bool, spelling: Spe
     """Apply the projection `name` of `owner` to x [..., in]; returns [..., out]."""
     if spelling in _IN_SUBMODULE:
         return owner.get_submodule(name)(x)
-    weight = owner.get_parameter(f"{name}_w")
-    shift = owner.get_parameter(f"{name}_b") if bias else None
+    # Not `get_parameter`, which refuses the plain tensors that `torch.func.functional_call` puts in place.
+    weight: Tensor = getattr(owner, f"{name}_w")
+    shift: Tensor | None = getattr(owner, f"{name}_b") if bias else None
     if spelling == "functional":
         return F.linear(x, weight, shift)
     out = _product(x, weight, spelling)
