@@ -1,0 +1,71 @@
+"""The loss of a batch as numbers: computed in the arithmetic of the settings, summed over parts of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moec.plan import Train
+from moec.runtime.data import Batch
+from moec.runtime.trainable import LossTerms, Trainable
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The mean loss over some tokens, taken apart; `counts` are the rows of each expert, i64 `[E]`, summed."""
+
+    loss: float
+    task: float
+    balance: float
+    z: float
+    counts: Mapping[str, Tensor]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every term is a finite number."""
+        return all(map(math.isfinite, (self.loss, self.task, self.balance, self.z)))
+
+
+def compute_loss(program: Trainable, batch: Batch, settings: Train) -> LossTerms:
+    """The loss terms of one batch, in bf16 where the settings say so.
+
+    bf16 is autocast: weights stay fp32, matrix products run in bf16, and softmax, norms and losses in fp32.
+    """
+    tokens, targets = batch
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
+        return program.loss_terms(tokens, targets)
+
+
+@dataclass
+class LossSum:
+    """Adds up `LossTerms`, without their graphs, until `mean` is asked for."""
+
+    _terms: dict[str, Tensor] = field(default_factory=dict)
+    _counts: dict[str, Tensor] = field(default_factory=dict)
+    _weight: int = 0
+
+    def add(self, terms: LossTerms, weight: int) -> None:
+        """Count `terms` in, as means over `weight` tokens."""
+        self._weight += weight
+        for name in ("loss", "task", "balance", "z"):
+            if name in terms:
+                term: Tensor = terms[name].detach() * weight
+                self._terms[name] = self._terms[name] + term if name in self._terms else term
+        for layer, row in terms.get("counts", {}).items():
+            self._counts[layer] = self._counts[layer] + row if layer in self._counts else row.detach()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens counted in so far."""
+        return self._weight
+
+    def mean(self) -> BatchLoss:
+        """Means over all tokens, and sums of the counts; a term that no part had is zero."""
+        means = {name: float(total) / self._weight for name, total in self._terms.items()}
+        return BatchLoss(
+            means["loss"], means["task"], means.get("balance", 0.0), means.get("z", 0.0), dict(self._counts)
+        )

@@ -1,0 +1,61 @@
+"""Training on the screen: a bar in a terminal, plain lines in a file or pipe."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moec.runtime.records import EvaluationRecord, RecordBook, StepRecord
+
+
+class TrainingDisplay:
+    """Shows loss, balance, tokens per second and the time left, over the steps from `first` to `last`."""
+
+    def __init__(self, console: Console, first: int, last: int, log_every: int) -> None:
+        self._console, self._last, self._log_every = console, last, log_every
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=last, completed=first, told="")
+
+    def start(self, book: RecordBook) -> None:
+        """Say where the records go."""
+        if not book.has_board:
+            self.note(f"no TensorBoard (pip install 'moec[tensorboard]'): records go to {book.path} alone")
+
+    def step(self, record: StepRecord) -> None:
+        """Move the bar; without a terminal, print a line every `log_every` steps and for the last one."""
+        told = (
+            f"loss {record.loss:.3f}  balance {record.balance:.4f}  {record.tokens_per_second:,.0f} tokens/s"
+        )
+        self._bar.update(self._task, completed=record.step, told=told)
+        if not self._console.is_terminal and (
+            record.step % self._log_every == 0 or record.step == self._last
+        ):
+            self._console.print(f"step {record.step}/{self._last}  {told}", highlight=False)
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """Print the held-out loss."""
+        told = record.evaluation
+        self.note(f"step {record.step}  held-out loss {told.loss:.4f}  ({told.bits:.3f} bits per token)")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> TrainingDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

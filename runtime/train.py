@@ -1,0 +1,228 @@
+"""The trainer, for one process: steps, evaluations, checkpoints and records in the right order.
+
+Everything it needs is handed in, everything it makes lies in `out_dir`:
+
+    out_dir/step-00000200/    a checkpoint (see `checkpoint.py`)
+    out_dir/train.jsonl       a line per logged step and per evaluation
+    out_dir/tensorboard/      the same for TensorBoard, where it is installed
+
+A run that was stopped and resumed takes the same steps, bit for bit, as one that was not: batches are a
+function of the position in the data, and the checkpoint holds everything else (see `snapshot.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from moec.errors import ArtifactError, TrainError
+from moec.plan import Plan, Train
+from moec.runtime.balance import loads_of
+from moec.runtime.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from moec.runtime.data import TextData
+from moec.runtime.display import TrainingDisplay
+from moec.runtime.evaluate import Evaluation, evaluate
+from moec.runtime.interrupt import Interrupt
+from moec.runtime.records import EvaluationRecord, RecordBook, StepRecord
+from moec.runtime.rng import borrowed_rng
+from moec.runtime.schedule import learning_rate
+from moec.runtime.snapshot import restore_snapshot, take_snapshot
+from moec.runtime.step import OptimizerStep
+from moec.runtime.trainable import Trainable, in_mode
+
+
+@dataclass
+class TrainResult:
+    """What a run did: a record of every step it took and of every evaluation, oldest first.
+
+    `step` counts all steps taken, those before a resumption included; `interrupted` says that Ctrl-C or
+    SIGTERM ended the run; `checkpoint` is the last one written.
+    """
+
+    step: int = 0
+    history: list[StepRecord] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    interrupted: bool = False
+    checkpoint: Path | None = None
+
+    @property
+    def final(self) -> Evaluation | None:
+        """The last evaluation."""
+        return self.evaluations[-1].evaluation if self.evaluations else None
+
+
+class Trainer:
+    """Trains `program` in place on `data` as `settings` say.
+
+    `plan` is only stored in checkpoints, for whoever finds them. `console` shows progress; pass
+    `Console(quiet=True)` for silence. A sequence length other than that of `data`, or data outside the
+    program's vocabulary, is an error here, before anything is written.
+    """
+
+    def __init__(
+        self,
+        program: Trainable,
+        settings: Train,
+        data: TextData,
+        out_dir: str | Path,
+        *,
+        plan: Plan | None = None,
+        console: Console | None = None,
+    ) -> None:
+        if settings.sequence != data.sequence:
+            found = f"sequence = {settings.sequence}, and data cut into {data.sequence}"
+            raise TrainError("settings", found, f"load_text(…, sequence={settings.sequence})")
+        self.program, self.settings, self.data = program, settings, data
+        self.out_dir, self.plan, self.console = Path(out_dir), plan, console or Console()
+        self._stepper = OptimizerStep(program, settings)
+        self._result = TrainResult()
+        self._position, self._saved_step = 0, -1
+        self._require_fitting_data()
+
+    def run(self, *, resume: bool = False, stop_at: int | None = None) -> TrainResult:
+        """Train to the end of `settings.steps`, or to `stop_at` steps; gives what this call did.
+
+        With `resume`, go on from the newest checkpoint in `out_dir`, which must have one; without, `out_dir`
+        must have none. The run ends with an evaluation and a checkpoint, also when interrupted, but not when
+        it fails: `TrainError` on a loss or gradient that is not finite leaves the last checkpoint as it is.
+        The caller's random state is untouched.
+        """
+        last = min(self.settings.steps, stop_at or self.settings.steps)
+        with borrowed_rng(self._stepper.device), in_mode(self.program, training=True):
+            self._result = self._resumed() if resume else self._fresh()
+            first = self._result.step
+            with (
+                Interrupt() as interrupt,
+                RecordBook(self.out_dir, first) as book,
+                TrainingDisplay(self.console, first, last, self.settings.log_every) as display,
+            ):
+                display.start(book)
+                self._train(last, interrupt, book, display)
+        return self._result
+
+    def _train(self, last: int, interrupt: Interrupt, book: RecordBook, display: TrainingDisplay) -> None:
+        result = self._result
+        while result.step < last and not interrupt.requested:
+            record = self._step()
+            result.history.append(record)
+            display.step(record)
+            if self._is_due(self.settings.log_every) or result.step == last:
+                book.write(record)
+            if self._is_due(self.settings.save_every) or result.step == last:
+                self._save(book)
+            if self._is_due(self.settings.eval_every) or result.step == last:
+                self._evaluate(book, display)
+        result.interrupted = result.step < last
+        if result.interrupted:
+            self._save(book)
+            display.note(f"interrupted after step {result.step}; saved {result.checkpoint}")
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self._result.step % every == 0
+
+    def _step(self) -> StepRecord:
+        began = time.perf_counter()
+        settings, result = self.settings, self._result
+        batch = self.data.train_batch(settings.seed, self._position, settings.batch)
+        rate = learning_rate(result.step, settings)
+        try:
+            loss, norm = self._stepper.take(batch, rate)
+        except TrainError as error:
+            raise self._with_last_good(error) from error
+        result.step += 1
+        self._position += settings.batch
+        num_tokens = batch[0].numel()
+        return StepRecord(
+            step=result.step,
+            loss=loss.loss,
+            task=loss.task,
+            balance=loss.balance,
+            z=loss.z,
+            lr=rate,
+            grad_norm=norm,
+            tokens_per_second=num_tokens / (time.perf_counter() - began),
+            load=loads_of(loss.counts, self.program.moe_settings(), num_tokens),
+        )
+
+    def _evaluate(self, book: RecordBook, display: TrainingDisplay) -> None:
+        settings = self.settings
+        evaluation = evaluate(self.program, self.data, settings, batches=settings.eval_batches)
+        record = EvaluationRecord(self._result.step, evaluation)
+        self._result.evaluations.append(record)
+        book.write(record)
+        display.evaluation(record)
+
+    def _fresh(self) -> TrainResult:
+        latest = latest_checkpoint(self.out_dir)
+        if latest is not None:
+            found = f"checkpoints of another run, up to {latest.name}"
+            raise TrainError(str(self.out_dir), found, "an empty folder, or resume=True")
+        torch.manual_seed(self.settings.seed)
+        self._position, self._saved_step = 0, -1
+        return TrainResult()
+
+    def _resumed(self) -> TrainResult:
+        latest = latest_checkpoint(self.out_dir)
+        if latest is None:
+            raise ArtifactError(
+                str(self.out_dir), "no checkpoint", "a folder of an earlier run, or resume=False"
+            )
+        checkpoint = load_checkpoint(latest)
+        self._require_same_run(checkpoint)
+        restore_snapshot(checkpoint, self.program, self._stepper.optimizer, self._stepper.device)
+        self._position, self._saved_step = checkpoint.record["position"], checkpoint.step
+        return TrainResult(step=checkpoint.step, checkpoint=latest)
+
+    def _save(self, book: RecordBook) -> None:
+        result, stepper = self._result, self._stepper
+        if self._saved_step == result.step:
+            return
+        book.flush()
+        try:
+            tensors = take_snapshot(self.program, stepper.optimizer, stepper.device)
+        except TrainError as error:
+            raise self._with_last_good(error) from error
+        record = {"position": self._position, **self._identity(), **self._remarks()}
+        result.checkpoint = save_checkpoint(self.out_dir, result.step, tensors, record, self.settings.keep)
+        self._saved_step = result.step
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same for a resumed run to be the same run."""
+        return {
+            "program": self.program.fingerprint(),
+            "data": self.data.fingerprint,
+            "seed": self.settings.seed,
+        }
+
+    def _remarks(self) -> dict[str, Any]:
+        """What is good to know about a checkpoint, and not needed to resume."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "plan": None if self.plan is None else self.plan.to_toml(),
+            "vocabulary": self.data.vocabulary.name,
+            "torch": torch.__version__,
+        }
+
+    def _require_same_run(self, checkpoint: Checkpoint) -> None:
+        for name, value in self._identity().items():
+            saved = checkpoint.record[name]
+            if saved != value:
+                where = f"{checkpoint.path} ({name})"
+                raise ArtifactError(where, f"{name} {saved}", f"{name} {value}, that of this run")
+
+    def _with_last_good(self, error: TrainError) -> TrainError:
+        saved = self._result.checkpoint
+        last = f"the last good checkpoint is {saved}" if saved else "no checkpoint was written yet"
+        where = f"{error.where}, after {self._result.step} steps"
+        nearest = f"{error.nearest}; {last}" if error.nearest else last
+        return TrainError(where, error.found, error.needed, nearest)
+
+    def _require_fitting_data(self) -> None:
+        tokens = torch.zeros(1, self.settings.sequence, dtype=torch.long, device=self._stepper.device)
+        with torch.no_grad(), in_mode(self.program, training=False), borrowed_rng(self._stepper.device):
+            self.data.require_vocabulary(self.program(tokens).shape[-1])
