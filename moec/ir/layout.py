@@ -1,4 +1,4 @@
-"""How a printed program is laid out: imports, functions and their aliases, blocks, and shapes at the right."""
+"""How a printed program is laid out: imports, functions and their aliases, blocks, shapes at the right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|, |[][(){}]""")
 
 @dataclass
 class Line:
-    """One line of a function: code, the comment at its right, the block it belongs to, where it was written."""
+    """One line of a function: code, the comment at its right, its block, and where it was written."""
 
     code: str
     comment: str = ""

@@ -112,7 +112,8 @@ def _accepts(overload: OpOverload, args: Sequence[Kind], kwargs: Mapping[str, Ki
 
 def _length(argument: Any) -> int | None:
     """N of a list argument declared `int[N]`, for which torch also takes a single int."""
-    return argument.N  # type: ignore[no-any-return]
+    length: int | None = argument.N
+    return length
 
 
 def _fits(declared: str, kind: Kind, length: int | None, numbers: bool) -> bool:

@@ -108,6 +108,8 @@ class Spelling:
         """What stands on the right of `name = …`."""
         if node.op == "call_method":
             return f"{self.value(node.args[0])}.{node.target}({', '.join(map(self.value, node.args[1:]))})"
+        if node.op == "call_module" and node.kwargs:
+            raise ValueError(f"{node.name}: a region is called with positional arguments only")
         if node.op == "call_module":
             return f"{attribute_path(str(node.target))}({', '.join(map(self.value, node.args))})"
         if isinstance(node.target, OpOverload):

@@ -10,7 +10,7 @@ with the symbolic shape of every value at the right.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,10 @@ def program_text(root: fx.GraphModule, *title: str) -> str:
     return _Printer(root).text(title)
 
 
-def unpacked_name(base: str, taken: Iterable[str]) -> str:
-    """The name a value has when the text unpacks it and so does not name it: `split`, then `split_1`, …"""
-    names, candidate, count = set(taken), base, 0
-    while candidate in names:
+def unpacked_name(base: str, *taken: Collection[str]) -> str:
+    """The name of a value that the text unpacks and so does not name: `split`, then `split_1`, …"""
+    candidate, count = base, 0
+    while any(candidate in names for names in taken):
         count += 1
         candidate = f"{base}_{count}"
     return candidate
@@ -57,7 +57,6 @@ class _Printer:
         self.letters = symbols(root)
         self.dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
         self.kinds: dict[str, dict[fx.Node, Kind]] = {}
-        self.inputs: dict[str, tuple[Kind, ...]] = {}
         self._infer("", root, ())
 
     def _infer(self, path: str, module: fx.GraphModule, inputs: tuple[Kind, ...]) -> Kind:
@@ -65,12 +64,13 @@ class _Printer:
 
         def call(node: fx.Node, given: tuple[Kind, ...]) -> Kind:
             child = module.get_submodule(str(node.target))
-            name = f"{path}.{node.target}".lstrip(".")
-            return self._infer(name, child, given) if isinstance(child, fx.GraphModule) else "unknown"
+            if path:
+                raise ValueError(f"{node.name} in {path}: a region cannot call another")
+            known = isinstance(child, fx.GraphModule)
+            return self._infer(str(node.target), child, given) if known else "unknown"
 
         kinds, returned = infer_kinds(module.graph, inputs, call)
         self.kinds.setdefault(path, kinds)
-        self.inputs.setdefault(path, inputs)
         return returned
 
     def text(self, title: Sequence[str]) -> str:
@@ -104,7 +104,7 @@ class _Printer:
         return Function(header, list(self._lines(nodes, module, spelling)))
 
     def _lines(self, nodes: list[fx.Node], module: fx.GraphModule, spelling: Spelling) -> Iterable[Line]:
-        block, written = "", [node.name for node in nodes if node.op == "placeholder"]
+        block, written = "", {node.name for node in nodes if node.op == "placeholder"}
         skipped: set[fx.Node] = set()
         for position, node in enumerate(nodes):
             if node.op in ("placeholder", "get_attr") or node in skipped:
@@ -113,9 +113,12 @@ class _Printer:
                 yield Line(f"return {spelling.value(node.args[0])}", "", block)
                 continue
             block = _block_of(node, module, block)
-            items = _unpacked(nodes, position, module) if node.name == _expected_name(node, written) else []
-            skipped.update(item for item in items if item is not None)
-            written += [node.name, *(item.name for item in items if item is not None)]
+            items = _unpacked(nodes, position, module)
+            if items and node.name != unpacked_name(_base_name(node), written):
+                items = []
+            present = [item for item in items if item is not None]
+            skipped.update(present)
+            written.update([node.name, *(item.name for item in present)])
             yield self._line(node, items, spelling, block)
 
     def _line(self, node: fx.Node, items: list[fx.Node | None], spelling: Spelling, block: str) -> Line:
@@ -147,7 +150,7 @@ def function_name(path: str) -> str:
     """The function that a region's body is printed as; the root is `forward`."""
     if not path or _REGION_NAME.match(path):
         return path or "forward"
-    return "region_" + re.sub(r"[^A-Za-z0-9_]", "_", path.replace(".", "__"))
+    return "region_" + "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}_" for c in path)
 
 
 def _annotation(kind: Kind) -> str:
@@ -161,9 +164,8 @@ def _dtype(dtype: torch.dtype) -> str:
     return _SHORT_DTYPE.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _expected_name(node: fx.Node, written: list[str]) -> str:
-    base = node.target._opname if isinstance(node.target, OpOverload) else str(node.target)
-    return unpacked_name(base, written)
+def _base_name(node: fx.Node) -> str:
+    return node.target._opname if isinstance(node.target, OpOverload) else str(node.target)
 
 
 def _unpacked(nodes: list[fx.Node], position: int, module: fx.GraphModule) -> list[fx.Node | None]:

@@ -1,0 +1,104 @@
+"""Reading a graph: what a node computes, whose users it has, whether shapes agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+CASTS = {aten.to.dtype, aten._to_copy.default}
+
+
+def is_call(value: object, *targets: object) -> bool:
+    """Whether `value` is a node that calls one of `targets`."""
+    return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets
+
+
+def tensor(node: object) -> Tensor | None:
+    """The fake tensor a node stands for, or None."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or keyword."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are the same number for every batch and sequence (no guard is added)."""
+    return str(a) == str(b)
+
+
+def same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    """Whether two shapes agree, symbol by symbol."""
+    a, b = list(a), list(b)
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def static(sizes: Iterable[Any]) -> bool:
+    """Whether every size is a plain number."""
+    return all(isinstance(s, int) or s.node.expr.is_number for s in sizes)
+
+
+def replace(node: fx.Node, value: fx.Node, *, keep: fx.Node | None = None) -> None:
+    """Let every user of `node` (but `keep`) read `value`, and erase `node` once nobody reads it."""
+    node.replace_all_uses_with(value, delete_user_cb=lambda user: user is not keep, propagate_meta=False)
+    if not node.users:
+        node.graph.erase_node(node)
+
+
+def call(before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """Insert a call before `before`, with its place in the user's model (path, source) and a fresh shape."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs or {})
+    node.meta = {key: before.meta[key] for key in ("path", "source") if key in before.meta}
+    node.meta["val"] = _shape(node)
+    return node
+
+
+def _shape(node: fx.Node) -> Any:
+    """The fake result of `node`, from its arguments' fakes."""
+    fakes = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    mode = getattr(fakes[0], "fake_mode", None) if fakes else None
+    if mode is None:
+        return None
+    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+    with mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def through(value: fx.Node, *targets: object) -> fx.Node:
+    """Follow the first argument back through calls to `targets` that have a single user."""
+    while is_call(value, *targets):
+        value = value.args[0]  # type: ignore[assignment]
+    return value
+
+
+def uncast(value: fx.Node) -> fx.Node:
+    """`value` with casts in front of it taken off."""
+    return through(value, *CASTS)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The single user of a node, or None when it has none or several."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def erase_dead(nodes: Iterable[fx.Node]) -> None:
+    """Erase those of `nodes` (in graph order) that nobody reads, last first."""
+    for node in reversed(list(nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            node.graph.erase_node(node)
+
+
+def for_each(graph: fx.Graph, rewrite: Callable[[fx.Node], None]) -> None:
+    """Apply `rewrite` to every call in graph order; nodes erased on the way are passed over."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and not node._erased:
+            rewrite(node)

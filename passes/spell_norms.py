@@ -1,0 +1,127 @@
+"""Spell normalisation written by hand as `rms_norm(x, [D], weight, eps)` or `layer_norm(x, [D], weight, bias, eps)`.
+
+before:  y = x * rsqrt(mean(x ** 2, -1, keepdim) + eps);   z = weight * to(y, dtype)
+after:   z = rms_norm(x, [D], weight, eps)
+
+before:  c = x - mean(x, -1, keepdim);   y = c * rsqrt(mean(c ** 2, -1, keepdim) + eps)
+after:   y = layer_norm(x, [D], None, None, eps)
+
+Assumes: the mean runs over the last dim alone. `rms_norm` computes in fp32 for narrower dtypes, as the spelling
+with casts does.
+Contract: exact.
+Source:  Zhang and Sennrich, arXiv 1910.07467, eq. 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.ir import Pass, Program
+from moec.ir.dependence import token_dependent
+from moec.ir.graphs import drop_unused
+from moec.ir.patterns import argument, call, for_each, is_call, only_user, replace, tensor, uncast
+
+aten = torch.ops.aten
+NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+
+
+@dataclass(frozen=True)
+class SpellNorms(Pass):
+    """See the module."""
+
+    def apply(self, program: Program) -> Program:
+        graph = program.graph.graph
+        for_each(graph, _normalise)
+        for_each(graph, _centre)
+        for_each(graph, _cast)
+        says = token_dependent(graph)
+        for_each(graph, lambda node: _weigh(node, says))
+        drop_unused(program.graph)
+        return program
+
+
+def _normalise(node: fx.Node) -> None:
+    """`x * rsqrt(mean(x²) + eps)`, or `x / sqrt(…)`, → `rms_norm(x, [D], None, eps)`."""
+    for x, scale in _operands(node):
+        found = _mean_square(scale)
+        if found is not None and found[0] is x:
+            width = tensor(x).shape[-1]  # type: ignore[union-attr]
+            replace(node, call(node, aten.rms_norm.default, (x, [width], None, found[1])))
+            return
+
+
+def _centre(node: fx.Node) -> None:
+    """`rms_norm(x - mean(x))` → `layer_norm(x)`."""
+    if not is_call(node, aten.rms_norm.default) or not is_call(node.args[0], aten.sub.Tensor):
+        return
+    x, mean = node.args[0].args[:2]  # type: ignore[union-attr]
+    if not is_call(mean, aten.mean.dim) or mean.args[0] is not x or argument(mean, 2, "keepdim", False) is not True:  # type: ignore[union-attr,arg-type]
+        return
+    if [int(d) % tensor(x).dim() for d in mean.args[1]] == [tensor(x).dim() - 1]:  # type: ignore[union-attr]
+        replace(node, call(node, aten.layer_norm.default, (x, node.args[1], None, None, node.args[3])))
+
+
+def _operands(node: fx.Node) -> list[tuple[Any, Any]]:
+    """(x, 1/rms) pairs to try: both orders of a product, `x / sqrt(v)` through its denominator."""
+    if is_call(node, aten.mul.Tensor):
+        a, b = node.args[:2]
+        return [(x, s.args[0]) for x, s in ((a, b), (b, a)) if _is_reciprocal_root(s)]
+    if is_call(node, aten.div.Tensor) and is_call(node.args[1], aten.sqrt.default):
+        return [(node.args[0], node.args[1].args[0])]  # type: ignore[union-attr]
+    return []
+
+
+def _is_reciprocal_root(value: Any) -> bool:
+    return is_call(value, aten.rsqrt.default) or (
+        is_call(value, aten.pow.Tensor_Scalar) and value.args[1] == -0.5
+    )
+
+
+def _mean_square(value: Any) -> tuple[fx.Node, float] | None:
+    """(x, eps) when `value` is `mean(x², -1, keepdim=True) + eps`."""
+    if not is_call(value, aten.add.Tensor) or not isinstance(value.args[1], (int, float)):
+        return None
+    mean, eps = value.args[0], float(value.args[1])
+    if not is_call(mean, aten.mean.dim) or argument(mean, 2, "keepdim", False) is not True:
+        return None
+    square, dims = mean.args[0], [int(d) for d in mean.args[1]]
+    shape = tensor(square).shape  # type: ignore[union-attr]
+    x = _squared(square)
+    return (x, eps) if x is not None and dims in ([-1], [len(shape) - 1]) else None
+
+
+def _squared(value: Any) -> fx.Node | None:
+    if is_call(value, aten.pow.Tensor_Scalar) and value.args[1] == 2:
+        return value.args[0]
+    if is_call(value, aten.square.default):
+        return value.args[0]
+    return value.args[0] if is_call(value, aten.mul.Tensor) and value.args[0] is value.args[1] else None
+
+
+def _cast(node: fx.Node) -> None:
+    """`to(rms_norm(to(x, float32)), x.dtype)` → `rms_norm(x)`: the operator widens by itself."""
+    if not is_call(node, aten.to.dtype) or not is_call(node.args[0], *NORMS):
+        return
+    norm = node.args[0]
+    assert isinstance(norm, fx.Node)
+    x = uncast(norm.args[0])  # type: ignore[arg-type]
+    if x is not norm.args[0] and tensor(x).dtype == tensor(node).dtype and only_user(norm) is node:  # type: ignore[union-attr]
+        replace(node, call(node, norm.target, (x, *norm.args[1:])))
+
+
+def _weigh(node: fx.Node, says: set[fx.Node]) -> None:
+    """`weight * norm(x)` → `norm(x, weight)`; the weight may be any [D] expression of parameters."""
+    if not is_call(node, aten.mul.Tensor):
+        return
+    for norm, weight in (node.args[:2], node.args[1::-1]):
+        if not is_call(norm, *NORMS) or norm.args[2] is not None or not isinstance(weight, fx.Node):  # type: ignore[union-attr]
+            continue
+        value, shape = tensor(weight), list(norm.args[1])  # type: ignore[union-attr,arg-type]
+        if weight not in says and value is not None and list(value.shape) == shape and only_user(norm) is node:  # type: ignore[arg-type]
+            arguments = (norm.args[0], shape, weight, *norm.args[3:])  # type: ignore[union-attr]
+            replace(node, call(node, norm.target, arguments))  # type: ignore[union-attr]
+            return
