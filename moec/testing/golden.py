@@ -10,7 +10,8 @@ from pathlib import Path
 def assert_golden(text: str, path: str | Path) -> None:
     """`text` is what the file `path` holds; `make golden` (MOEC_GOLDEN=1) rewrites the file instead.
 
-    Lines are compared without trailing blanks, and the file ends in one newline.
+    `make golden` runs the tests marked `@pytest.mark.golden`. Lines are compared without trailing blanks,
+    and the file ends in one newline.
     """
     path, tidy = Path(path), "\n".join(line.rstrip() for line in text.rstrip().splitlines()) + "\n"
     if os.environ.get("MOEC_GOLDEN") == "1":

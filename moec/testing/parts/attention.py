@@ -85,7 +85,8 @@ class Attention(nn.Module):
         self, recipe: AttentionRecipe, d_model: int, positions: Positions, max_positions: int
     ) -> None:
         super().__init__()
-        self.recipe, self.positions = recipe, positions
+        self.recipe = recipe
+        self.positions: Positions = positions
         for name, (num_in, num_out, bias) in recipe.projections(d_model).items():
             add_projection(self, name, num_in, num_out, bias=bias, spelling=recipe.spelling)
         if recipe.qk_norm is not None:
