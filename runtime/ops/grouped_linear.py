@@ -47,12 +47,8 @@ def spans(counts: Tensor, num_rows: int) -> Iterator[tuple[int, int, int]]:
     """(expert, first row, number of rows) for the experts that have rows. Reads `counts` back to the host."""
     start = 0
     for expert, count in enumerate(counts.tolist()):
-        demand(
-            count >= 0 and start + count <= num_rows,
-            "grouped_linear",
-            "counts",
-            f"a split of {num_rows} rows",
-        )
+        fits = count >= 0 and start + count <= num_rows
+        demand(fits, "grouped_linear", f"{count} rows after {start}", f"counts that split {num_rows} rows")
         if count:
             yield expert, start, count
         start += count
