@@ -1,16 +1,18 @@
 """From an expression of a program's text back to nodes: the inverse of `moec.ir.spelling`.
 
-Works on Python's syntax tree and runs nothing. What it knows is closed: words of the vocabulary, regions called
-as `self.ffn_3(x)`, weights as `self.…`, sizes, constants. Everything else is an `ArtifactError` with its line.
+Works on Python's syntax tree and runs nothing. What it knows is closed: words of the vocabulary, regions
+called as `self.ffn_3(x)`, weights as `self.…`, sizes, constants. Everything else is an `ArtifactError` with
+its line.
 """
 
 from __future__ import annotations
 
 import ast
+import keyword
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,6 +33,7 @@ _SYMBOLS: dict[type, str] = {
 }  # fmt: skip
 _WORD_OF_SYMBOL = {symbol: word for word, symbol in INFIX.items()}
 _SIZE_OF_SYMBOL = {symbol: function for function, symbol in INFIX_SIZES.items()}
+_NEEDED = "an operator, a region, a weight, a size or a constant"
 # A quote or a backslash here would leave the string literal that torch.fx writes the name into.
 _ATOM = re.compile(r"[^.\"\\]+\Z")
 _KEY = re.compile(r"[A-Za-z0-9_. ]+\Z")
@@ -50,8 +53,8 @@ class Expressions:
         self.written: set[str] = set()
         self._weights: dict[str, fx.Node] = {}
 
-    def refuse(self, at: ast.AST, found: str, needed: str = "", nearest: str = "") -> NoReturn:
-        """Raise the error for the line of `at`."""
+    def refuse(self, at: ast.AST, found: str, needed: str = "", nearest: str = "") -> ArtifactError:
+        """The error for the line of `at`, to be raised."""
         where = f"{self.file}:{getattr(at, 'lineno', 1)}"
         raise ArtifactError(
             where, found, needed or "an operator, a region, a weight, a size or a constant", nearest
@@ -87,7 +90,7 @@ class Expressions:
             return self.variables[name]
         if name in CONSTANTS and name in self.imported:
             return CONSTANTS[name]
-        self.refuse(
+        raise self.refuse(
             at, f"the name {name!r}", "a variable set above, or an imported constant", nearest_word(name)
         )
 
@@ -99,7 +102,7 @@ class Expressions:
     def _key(self, at: ast.expr, key: ast.expr | None) -> str:
         if isinstance(key, ast.Constant) and isinstance(key.value, str) and _KEY.match(key.value):
             return key.value
-        self.refuse(at, "a key that is no plain name", "keys of letters, digits, '_', '.' and spaces")
+        raise self.refuse(at, "a key that is no plain name", "keys of letters, digits, '_', '.' and spaces")
 
     # nodes: what may stand on the right of an assignment
 
@@ -119,7 +122,7 @@ class Expressions:
                 return self._prefix(at, op, operand, name)
             case ast.Subscript():
                 return self._subscript(at, name)
-        self.refuse(at, f"{ast.unparse(at)[:60]!r}")
+        raise self.refuse(at, _shown(at))
 
     def weight_path(self, at: ast.expr) -> str | None:
         """`h.3.ln.weight` for `self.h[3].ln.weight`; None when the expression is nothing of `self`."""
@@ -137,16 +140,20 @@ class Expressions:
 
     def _atom(self, at: ast.expr, atom: str) -> str:
         if atom.startswith("_"):
-            self.refuse(at, f"the attribute {atom!r}", 'names without a leading underscore (self["_name"])')
+            raise self.refuse(
+                at, f"the attribute {atom!r}", 'names without a leading underscore (self["_name"])'
+            )
         return atom
 
     def _key_atom(self, at: ast.expr, atom: int | str) -> str:
         text = str(atom)
         if type(atom) is int and atom >= 0:
             return text
-        if isinstance(atom, str) and _ATOM.match(text) and text.isprintable() and not text.startswith("__"):
+        if isinstance(atom, str) and _ATOM.match(text) and text.isprintable() and not _is_special(text):
             return text
-        self.refuse(at, f"the name {atom!r} of a module or weight", "a plain name without quotes or dots")
+        raise self.refuse(
+            at, f"the name {atom!r} of a module or weight", "a plain name without quotes or dots"
+        )
 
     def _weight(self, path: str) -> fx.Node:
         if path not in self._weights:
@@ -163,13 +170,13 @@ class Expressions:
         if isinstance(target, OpOverload):
             reason = "" if self.trusted else refusal(target)
             if reason:
-                self.refuse(
+                raise self.refuse(
                     at, reason, "operators of the vocabulary", "trust=True, if you know who wrote this text"
                 )
             try:
                 args, kwargs = normal_call(target, args, kwargs)
             except TypeError as error:
-                self.refuse(at, str(error), f"arguments of {target._schema}")
+                raise self.refuse(at, str(error), f"arguments of {target._schema}") from None
         wanted = self._name(_base(target), name)
         node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs), name=wanted)
         self.kinds[node] = kind_of_call(target, args, self.kinds)
@@ -177,7 +184,7 @@ class Expressions:
         return node
 
     def _name(self, base: str, name: str | None) -> str:
-        """`name`; for '' the name of a value that the text unpacks; for None one that the text does not use."""
+        """`name`; for '' that of a value the text unpacks; for None one that the text does not use."""
         return name or unpacked_name(base, self.written, self.reserved if name is None else ())
 
     def _kind(self, value: Any) -> Kind:
@@ -187,7 +194,7 @@ class Expressions:
 
     def _call(self, at: ast.Call, name: str | None) -> fx.Node:
         if any(isinstance(arg, ast.Starred) for arg in at.args) or any(k.arg is None for k in at.keywords):
-            self.refuse(at, "a call with * or **", "arguments written out")
+            raise self.refuse(at, "a call with * or **", "arguments written out")
         region = self.weight_path(at.func)
         if region is not None:
             return self._call_region(at, region, name)
@@ -201,7 +208,7 @@ class Expressions:
     def _call_region(self, at: ast.Call, region: str, name: str | None) -> fx.Node:
         returned = self.returns.get(function_name(region))
         if returned is None or at.keywords:
-            self.refuse(at, f"a call of self.{region}", "a region defined above, positional arguments")
+            raise self.refuse(at, f"a call of self.{region}", "a region defined above, positional arguments")
         args = tuple(self.value(arg) for arg in at.args)
         node = self.graph.create_node("call_module", region, args, name=self._name(region, name))
         self.kinds[node] = returned
@@ -218,7 +225,7 @@ class Expressions:
         if isinstance(inner, ast.Name) and inner.id in self.imported and inner.id not in self.variables:
             return [inner.id, *words]
         shown = ast.unparse(at)[:60]
-        self.refuse(at, f"a call of {shown!r}", "an operator imported above", nearest_word(shown))
+        raise self.refuse(at, f"a call of {shown!r}", "an operator imported above", nearest_word(shown))
 
     def _overload(
         self, at: ast.expr, words: list[str], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -227,15 +234,15 @@ class Expressions:
         word, rest = ".".join(words[:length]), words[length:]
         found = packet(word)
         if found is None or len(rest) > 1:
-            self.refuse(
+            raise self.refuse(
                 at, f"the operator {'.'.join(words)!r}", "an operator of the vocabulary", nearest_word(word)
             )
         if rest and rest[0] in found.overloads():
-            return getattr(found, rest[0])  # type: ignore[no-any-return]
+            return getattr(found, rest[0])
         kinds = {key: self._kind(value) for key, value in kwargs.items()}
         chosen = None if rest else resolve(found, [self._kind(arg) for arg in args], kinds)
         if chosen is None:
-            self.refuse(
+            raise self.refuse(
                 at, f"{ast.unparse(at)[:80]!r}, which fits no overload", f"one of {found.overloads()}"
             )
         return chosen
@@ -254,9 +261,7 @@ class Expressions:
         fits = kinds[0] == "tensor" or symbol == "**"
         chosen = resolve(found, kinds, {}) if found and fits and "tensor" in kinds else None
         if chosen is None:
-            self.refuse(
-                at, f"{ast.unparse(at)[:60]!r}", f"{symbol} between tensors, or a tensor and a number"
-            )
+            raise self.refuse(at, _shown(at), f"{symbol} between tensors, or a tensor and a number")
         return self.create(at, chosen, [first, second], {}, name)
 
     def _prefix(self, at: ast.expr, op: ast.unaryop, operand: ast.expr, name: str | None) -> fx.Node:
@@ -267,7 +272,7 @@ class Expressions:
             return self.create(at, target, [value], {}, name)
         if isinstance(value, fx.Node) and minus and self._kind(value) in NUMBERS:
             return self.create(at, operator.neg, [value], {}, name)
-        self.refuse(at, f"{ast.unparse(at)[:60]!r}")
+        raise self.refuse(at, _shown(at))
 
     def _subscript(self, at: ast.Subscript, name: str | None) -> fx.Node:
         if (
@@ -281,20 +286,20 @@ class Expressions:
         if kind == "tensors" or isinstance(kind, tuple):
             return self._item(at, base, name)
         if kind != "tensor":
-            self.refuse(at, f"{ast.unparse(at)[:60]!r}", "a tensor or a list of tensors before the [")
+            raise self.refuse(at, _shown(at), "a tensor or a list of tensors before the [")
         entries = at.slice.elts if isinstance(at.slice, ast.Tuple) else [at.slice]
         return self._tensor_subscript(at, base, entries, name)
 
     def _size(self, at: ast.Subscript, of: ast.expr, name: str | None) -> fx.Node:
         base, dim = self.value(of), self.value(at.slice)
         if self._kind(base) != "tensor" or type(dim) is not int:
-            self.refuse(at, f"{ast.unparse(at)[:60]!r}", "tensor.shape[number]")
+            raise self.refuse(at, _shown(at), "tensor.shape[number]")
         return self.create(at, torch.ops.aten.sym_size.int, [base, dim], {}, name)
 
     def _item(self, at: ast.Subscript, base: Any, name: str | None) -> fx.Node:
         index = self.value(at.slice)
         if type(index) is not int or not isinstance(base, fx.Node):
-            self.refuse(at, f"{ast.unparse(at)[:60]!r}", "a number in the brackets")
+            raise self.refuse(at, _shown(at), "a number in the brackets")
         return self.create(at, operator.getitem, [base, index], {}, name)
 
     def _tensor_subscript(
@@ -311,13 +316,21 @@ class Expressions:
             step = 1 if entry.step is None else self.value(entry.step)
             return self.create(at, aten.slice.Tensor, [base, dim, *ends, step], {}, name)
         if any(isinstance(each, ast.Slice) for each in entries) and not all(map(_is_bare, others)):
-            self.refuse(at, f"{ast.unparse(at)[:60]!r}", "one slice at a time")
+            raise self.refuse(at, _shown(at), "one slice at a time")
         if all(map(_is_bare, others)) and self._kind(index := self.value(entry)) == "int":
             return self.create(at, aten.select.int, [base, dim, index], {}, name)
         indices = [self.value(each) for each in entries]
         if any(self._kind(index) != "tensor" for index in indices):
-            self.refuse(at, f"{ast.unparse(at)[:60]!r}", "a slice, a number, or tensors in the brackets")
+            raise self.refuse(at, _shown(at), "a slice, a number, or tensors in the brackets")
         return self.create(at, aten.index.Tensor, [base, indices], {}, name)
+
+
+def _is_special(atom: str) -> bool:
+    return atom.startswith("__") or keyword.iskeyword(atom)
+
+
+def _shown(at: ast.AST) -> str:
+    return repr(ast.unparse(at)[:60])
 
 
 def _is_bare(entry: ast.expr) -> bool:

@@ -1,8 +1,8 @@
 """Read a program's text back as a graph, without running a word of it.
 
-The text is taken apart by Python's own `ast`; `moec.ir.expressions` accepts calls into the vocabulary, regions,
-weights, sizes and constants, and nothing else. A text from a stranger can therefore be loaded: the worst it can
-do is be refused, with its line.
+The text is taken apart by Python's own `ast`; `moec.ir.expressions` accepts calls into the vocabulary,
+regions, weights, sizes and constants, and nothing else. A text from a stranger can therefore be loaded: the
+worst it can do is be refused, with its line.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class _Reader:
                 self._import(at, names)
             case ast.FunctionDef(name=name) if name not in self.functions:
                 self.functions[name], self.returns[name] = self._function(at)
-            case ast.Assign(targets=targets, value=ast.Name(id=known)) if known in self.functions:
-                self._alias(at, targets, known)
+            case ast.Assign(targets=names, value=ast.Name(id=known)) if known in self.functions:
+                self._alias(at, names, known)
             case _:
                 found = ast.unparse(at).splitlines()[0][:80]
                 raise self._refuse(at, repr(found), "imports of the vocabulary, functions, region = region")
@@ -164,12 +164,17 @@ class _Reader:
 
     def _arguments(self, at: ast.FunctionDef) -> list[ast.arg]:
         given = at.args
-        odd = at.decorator_list or given.posonlyargs or given.vararg or given.kwonlyargs or given.kwarg
-        odd = odd or given.defaults or at.returns or getattr(at, "type_params", None)
-        if odd or not given.args or given.args[0].arg != "self":
-            raise self._refuse(
-                at, f"def {at.name} with more than plain arguments", f"def {at.name}(self, x, …)"
-            )
+        odd: list[object] = [
+            at.decorator_list,
+            given.posonlyargs,
+            given.vararg,
+            given.kwonlyargs,
+            given.kwarg,
+        ]
+        odd += [given.defaults, at.returns, getattr(at, "type_params", None)]
+        if any(odd) or not given.args or given.args[0].arg != "self":
+            found = f"def {at.name} with more than plain arguments"
+            raise self._refuse(at, found, f"def {at.name}(self, x, …)")
         return given.args[1:]
 
     def _annotated(self, at: ast.arg) -> Kind:

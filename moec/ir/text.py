@@ -66,8 +66,9 @@ class _Printer:
             child = module.get_submodule(str(node.target))
             if path:
                 raise ValueError(f"{node.name} in {path}: a region cannot call another")
-            known = isinstance(child, fx.GraphModule)
-            return self._infer(str(node.target), child, given) if known else "unknown"
+            if not isinstance(child, fx.GraphModule):
+                return "unknown"
+            return self._infer(str(node.target), child, given)
 
         kinds, returned = infer_kinds(module.graph, inputs, call)
         self.kinds.setdefault(path, kinds)
