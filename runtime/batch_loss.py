@@ -1,4 +1,4 @@
-"""The loss of a batch as numbers: computed in the arithmetic of the settings, summed over parts of a batch."""
+"""The loss of a batch as numbers: in the arithmetic of the settings, summed over parts of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moec.runtime.trainable import LossTerms, Trainable
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """The mean loss over some tokens, taken apart; `counts` are the rows of each expert, i64 `[E]`, summed."""
+    """The mean loss over some tokens, taken apart; `counts` sum the rows of each expert, i64 `[E]`."""
 
     loss: float
     task: float

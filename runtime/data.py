@@ -39,22 +39,22 @@ class TextSpan:
     stop: int
 
 
-@dataclass
+@dataclass(eq=False)
 class TextData:
     """A corpus as one stream of tokens, with a part held out.
 
     `tokens_N` (u8 or i32) is only ever read; batches are copies, i64, on the CPU.
     """
 
-    tokens_N: NDArray[Any]
-    spans: tuple[TextSpan, ...]
+    tokens_N: NDArray[Any] = field(repr=False)
+    spans: tuple[TextSpan, ...] = field(repr=False)
     vocabulary: Vocabulary
     sequence: int
     split: Split
     _epochs: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
     def train_batch(self, seed: int, position: int, size: int) -> Batch:
-        """Samples `position … position+size-1` of the run with `seed`: tokens and targets, i64 `[size, S]`."""
+        """Samples `position … position+size-1` of the run with `seed`: tokens, targets, i64 `[size, S]`."""
         starts = [self._train_start(seed, index) for index in range(position, position + size)]
         return self._windows(np.array(starts))
 
@@ -82,7 +82,7 @@ class TextData:
         )
 
     def file_of(self, index: int) -> Path:
-        """The file that token `index` of the stream was read from (a separator belongs to the file before)."""
+        """The file that token `index` was read from (a separator belongs to the file before it)."""
         starts = [span.start for span in self.spans]
         return self.spans[int(np.searchsorted(starts, index, side="right")) - 1].path
 

@@ -18,7 +18,7 @@ from moec.runtime.trainable import Trainable, device_of, in_mode
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The mean cross-entropy over `num_tokens` held-out tokens, in nats, and the load of each expert layer."""
+    """Mean cross-entropy over `num_tokens` held-out tokens, in nats, and the load of each expert layer."""
 
     loss: float
     num_tokens: int
