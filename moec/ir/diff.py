@@ -1,20 +1,23 @@
 """What changed between two texts of a program, said once.
 
-Regions are compared by name, a feed-forward that became an expert layer with the layer it was. Changes that are
-the same but for the layer's number are shown for the first layer and counted for the others.
+Regions are compared by name, a feed-forward that became an expert layer with the layer it was, and `forward`
+block by block. Changes that are the same but for the layer's number are shown for the first layer and counted
+for the others.
 """
 
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from .layout import ranges
+
 _FUNCTION = re.compile(r"^def (\w+)\(")
 _ALIAS = re.compile(r"^\w+(?: = \w+)+$")
-_NUMBERED = re.compile(r"(?<=_)\d+\b|(?<=\[)\d+(?=\])|(?<=\.)\d+(?=\.|\b)|(?<=block )\d+")
+_BLOCK = re.compile(r"^    # block (\d+) ·")
+_NUMBERED = re.compile(r"(?<=_)\d+\b|(?<=\w\[)\d+(?=\])")  # of a layer or a copy: ffn_3, x_5, h[3]
 _COMMENT = re.compile(r" +# .*$")
 _CONTEXT = 2
 
@@ -27,12 +30,8 @@ class Hunk:
 
     @property
     def pattern(self) -> tuple[str, ...]:
-        """What alike hunks share: the lines, with every number of a layer or a copy replaced."""
-        numbers: dict[str, str] = {}
-        return tuple(
-            _NUMBERED.sub(lambda m: numbers.setdefault(m.group(), f"#{len(numbers)}"), _COMMENT.sub("", line))
-            for line in self.lines
-        )
+        """What alike hunks share: the code, with every number of a layer or a copy blotted out."""
+        return tuple(_NUMBERED.sub("#", _COMMENT.sub("", line).rstrip()) for line in self.lines)
 
 
 def diff_text(before: str, after: str, before_name: str = "before", after_name: str = "after") -> str:
@@ -51,22 +50,37 @@ def diff_text(before: str, after: str, before_name: str = "before", after_name: 
 
 
 def functions_of(text: str) -> dict[str, list[str]]:
-    """Name → lines of its body, for every function of a text; a region printed for several appears for each."""
+    """Name → lines of its body, for every function of a text; a region printed for several appears for each.
+
+    The blocks of `forward` count as functions of their own: `block_3`, and `head` for what follows them.
+    """
     functions: dict[str, list[str]] = {}
     body: list[str] = []
     for line in text.splitlines():
         found = _FUNCTION.match(line)
         if found:
             body = functions.setdefault(found[1], [line.replace(f"def {found[1]}(", "def (", 1)])
-        elif line.startswith((" ", ")")) or not line:
-            body.append(line) if functions else None
         elif _ALIAS.match(line):
             *names, known = line.split(" = ")
             functions.update(dict.fromkeys(names, functions[known]))
-            body = []
-        else:
-            body = []
-    return {name: _without_blank_ends(lines) for name, lines in functions.items()}
+        elif functions and (line.startswith(" ") or not line):
+            body.append(line)
+    return _with_blocks({name: _without_blank_ends(lines) for name, lines in functions.items()})
+
+
+def _with_blocks(functions: dict[str, list[str]]) -> dict[str, list[str]]:
+    forward = functions.pop("forward", [])
+    parts: dict[str, list[str]] = {"forward": []}
+    part, previous = "forward", ""
+    for line in forward:
+        found = _BLOCK.match(line)
+        if found:
+            part = f"block_{found[1]}"
+        elif not previous and part.startswith("block"):
+            part = "head"
+        parts.setdefault(part, []).append(line)
+        previous = line
+    return functions | {name: _without_blank_ends(lines) for name, lines in parts.items()}
 
 
 def _without_blank_ends(lines: list[str]) -> list[str]:
@@ -88,7 +102,9 @@ def _pairs(old: dict[str, list[str]], new: dict[str, list[str]]) -> list[tuple[s
         if layer.isdigit() and match:
             became[name] = match
     pairs = [(name, name if name in new else became.get(name, "")) for name in old]
-    return sorted(pairs + [("", n) for n in came if n not in became.values()], key=lambda p: "forward" in p)
+    pairs += [("", name) for name in came if name not in became.values()]
+    places = {name: place for place, name in enumerate([*old, *new])}
+    return sorted(pairs, key=lambda pair: places[pair[1] or pair[0]])
 
 
 # the summary
@@ -114,7 +130,7 @@ def _summary(
 
 def _length(functions: dict[str, list[str]]) -> int:
     """Lines of code that a reader meets: alike functions count once."""
-    return sum(len(_code(lines)) for lines in {id(lines): lines for lines in functions.values()}.values())
+    return sum(len(_code(lines)) for lines in set(map(tuple, functions.values())))
 
 
 def _listed(members: Sequence[tuple[str, str]]) -> str:
@@ -125,20 +141,12 @@ def _listed(members: Sequence[tuple[str, str]]) -> str:
 
 
 def _counted(kind: str, names: list[str]) -> str:
-    if kind == names[0]:
-        return kind
-    return f"{kind} ×{len(names)} (layers {ranges(names)})"
+    return f"{kind} {_layers(names)} (×{len(names)})" if len(names) > 1 else names[0]
 
 
-def ranges(names: Sequence[str]) -> str:
-    """`1, 3, 5 … 11` for the layer numbers at the end of `names`: runs of one stride are drawn together."""
-    numbers = [int(digits) for digits in (name.rpartition("_")[2] for name in names) if digits.isdigit()]
-    if len(numbers) < 4:
-        return ", ".join(map(str, numbers))
-    strides = {b - a for a, b in itertools.pairwise(numbers)}
-    if len(strides) > 1:
-        return ", ".join(map(str, numbers))
-    return f"{numbers[0]}, {numbers[1]} … {numbers[-1]}"
+def _layers(names: Sequence[str]) -> str:
+    digits = (name.rpartition("_")[2] for name in names)
+    return ranges([int(number) for number in digits if number.isdigit()])
 
 
 def _kind(name: str) -> str:
@@ -152,7 +160,7 @@ def _kind(name: str) -> str:
 def _sections(
     changed: Sequence[tuple[str, str]], old: dict[str, list[str]], new: dict[str, list[str]]
 ) -> list[str]:
-    """One section per distinct change of a region, then the hunks of `forward`."""
+    """One section per distinct change of a region or a block."""
     sections: dict[tuple[tuple[str, ...], ...], list[tuple[str, str]]] = {}
     hunks: dict[tuple[str, str], list[Hunk]] = {}
     for a, b in changed:
@@ -168,7 +176,7 @@ def _title(members: Sequence[tuple[str, str]]) -> str:
     a, b = members[0]
     title = a if a == b else f"{a or 'nothing'} → {b or 'nothing'}"
     others = [b or a for a, b in members[1:]]
-    return title + (f"   ×{len(members)} alike: {ranges([b or a, *others])}" if others else "")
+    return title + (f"   ×{len(members)} alike: {_layers([b or a, *others])}" if others else "")
 
 
 def _hunks(old: list[str], new: list[str]) -> list[Hunk]:

@@ -80,10 +80,21 @@ def _about(function: Function) -> str:
     regions = [region for _, region in function.regions if region is not None]
     if not regions:
         return ""
-    first, last = regions[0], regions[-1]
-    parts = [f"{len(regions)} alike: {first.name} … {last.name}" if len(regions) > 1 else first.name]
+    first = regions[0]
+    title = f"{first.kind} {ranges([region.index for region in regions])} ({len(regions)} alike)"
+    parts = [title if len(regions) > 1 else first.name]
     parts += [_common_path([region.path for region in regions]), first.source]
     return f"# {printable(' · '.join(part for part in parts if part))}\n"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0–11`, `1, 3 … 11`, `2, 5`: layer numbers, with runs of one stride drawn together."""
+    strides = {b - a for a, b in itertools.pairwise(numbers)}
+    if len(numbers) < 3 or len(strides) > 1:
+        return ", ".join(map(str, numbers))
+    if strides == {1}:
+        return f"{numbers[0]}–{numbers[-1]}"
+    return f"{numbers[0]}, {numbers[1]} … {numbers[-1]}" if len(numbers) > 3 else ", ".join(map(str, numbers))
 
 
 def _common_path(paths: list[str]) -> str:

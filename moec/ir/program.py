@@ -6,6 +6,7 @@ loss, saving, generating, drawing).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from moec.errors import DataError, VerifyError
+from moec.errors import DataError, PassError, VerifyError, nearest
 
 from .certificate import Certificate
+from .diff import diff_text
 from .graphs import fork
 from .ledger import Ledger
 from .origins import Origins
 from .region import region_of, regions
+from .text import program_text
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Program(nn.Module):
 
     Holds `graph` (its only child), `stage`, `source`, `plan`, `origins`, `ledger`, `certificates` and `stages`,
     a snapshot of the graph after every pass. Snapshots share all weights with the program. Parameters keep the
-    user's names wherever they are untouched (`named_parameters`, `state_dict`).
+    user's names wherever they are untouched (`named_parameters`, `state_dict`). `texts` holds the text of stages
+    that are not there as graphs: those of a program that was loaded.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Program(nn.Module):
         certificates: tuple[Certificate, ...] = (),
         snapshots: Mapping[str, fx.GraphModule] | None = None,
         plan: Any = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -66,6 +71,7 @@ class Program(nn.Module):
         self.ledger = ledger or Ledger()
         self.certificates = certificates
         self._snapshots = dict(snapshots or {})
+        self.texts = dict(texts or {})
         self.register_load_state_dict_pre_hook(_to_structural_names)
 
     def fork(self) -> Program:
@@ -76,6 +82,7 @@ class Program(nn.Module):
         return {
             "source": self.source, "origins": self.origins, "ledger": self.ledger, "stage": self.stage,
             "certificates": self.certificates, "snapshots": self._snapshots, "plan": self.plan,
+            "texts": self.texts,
         }  # fmt: skip
 
     def with_snapshot(self, *names: str) -> Program:
@@ -183,6 +190,37 @@ class Program(nn.Module):
     def stages(self) -> dict[str, fx.GraphModule]:
         """Pass or stage name → a runnable GraphModule, tokens → logits (from `collect_terms` on: with terms)."""
         return dict(self._snapshots)
+
+    def text(self, stage: str | None = None) -> str:
+        """The program as Python that runs: now, or after a pass or at a stage (unknown: `PassError`)."""
+        if stage is None:
+            return program_text(self.graph, *self._title())
+        if stage in self._snapshots:
+            return program_text(self._snapshots[stage], f"{self.source.name} · {stage}")
+        if stage in self.texts:
+            return self.texts[stage]
+        names = list(dict.fromkeys([*self._snapshots, *self.texts]))
+        known = ", ".join(names) or "this program remembers none"
+        raise PassError(f"stage {stage!r}", "no stage of that name", known, nearest(stage, names))
+
+    def diff(self, before: str, after: str | None = None) -> str:
+        """What changed between two stages (`after`: the program as it is now), repeated changes folded."""
+        return diff_text(self.text(before), self.text(after), before, after or self.stage)
+
+    def _title(self) -> list[str]:
+        """What stands above the text: the model, the stage, the size, the expert layers."""
+        total, active = self.num_parameters(), self.num_parameters(active=True)
+        size = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
+        return [f"{self.source.name} · {self.stage} · {size}", *self._experts()]
+
+    def _experts(self) -> list[str]:
+        """`10 × 32 experts, 1 active` for the expert layers of each size."""
+        layers = [region_of(module) for module in regions(self.graph, "moe").values()]
+        sizes = Counter((r.settings["experts"], r.settings["idle_experts"]) for r in layers if r is not None)
+        return [f"{count} × {n} experts, {n - idle} active" for (n, idle), count in sizes.items()]
+
+    def __str__(self) -> str:
+        return self.text()
 
     def __repr__(self) -> str:
         return f"<Program {self.source.name} · {self.stage} · {self.num_parameters():,} parameters>"

@@ -83,6 +83,11 @@ class Spelling:
             return "{" + ", ".join(f"{key!a}: {self.value(item)}" for key, item in value.items()) + "}"
         return self._constant(value)
 
+    def returned(self, value: Any) -> str:
+        """What stands after `return`: several values need no brackets."""
+        written = self.value(value)
+        return written[1:-1] if isinstance(value, tuple) and len(value) > 1 else written
+
     def _constant(self, value: Any) -> str:
         if isinstance(value, torch.device):
             return f'"{value}"'

@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -111,7 +112,7 @@ class _Printer:
             if node.op in ("placeholder", "get_attr") or node in skipped:
                 continue
             if node.op == "output":
-                yield Line(f"return {spelling.value(node.args[0])}", "", block)
+                yield Line(f"return {spelling.returned(node.args[0])}", "", block)
                 continue
             block = _block_of(node, module, block)
             items = _unpacked(nodes, position, module)
@@ -143,8 +144,9 @@ class _Printer:
         if isinstance(size, int):
             return str(size)
         expression = size.node.expr
-        names = {symbol: self.letters.get(str(symbol), str(symbol)) for symbol in expression.free_symbols}
-        return re.sub(r"\s+", "", str(expression.subs(names))) if names else str(expression)
+        free = {symbol: self.letters.get(str(symbol), str(symbol)) for symbol in expression.free_symbols}
+        letters = {symbol: sympy.Symbol(letter, positive=True) for symbol, letter in free.items()}
+        return str(expression.xreplace(letters)).replace(" ", "")
 
 
 def function_name(path: str) -> str:
