@@ -1,26 +1,29 @@
-"""Memory for large gradients, kept from one training step to the next.
+"""Memory for large results, kept from one training step to the next.
 
-The gradient of an expert weight is the size of all experts, and is written once a step. Fresh memory of that
-size comes from the operating system page by page: on the machine this was measured on, filling 64 MB of fresh
-memory took 30 ms, and of kept memory 2 ms. So the block behind a gradient is remembered, and handed out again
-once nobody else can reach it.
+Fresh memory comes from the operating system page by page: on the machine this was measured on, filling 64 MB
+of it took 30 ms, and of kept memory 2 ms. The gradient of an expert weight is the size of all experts and
+written once a step, so this was most of what a sparse layer cost above a dense one. Here the block behind such
+a result is remembered, and handed out again once nobody else can reach it.
 
 *When is that?* A block is idle when the only references to its storage are the ones taken here: torch's count
 of tensors (views, detached aliases, NumPy and DLPack exports included) is back to what it was when the block
 was made, and so is Python's count of its storage object. Accumulating into `.grad`, `retain_graph`, keeping a
-gradient aside, `zero_grad` with or without `set_to_none` all follow from that: whoever holds a gradient
-keeps its block from being reused. A storage moved to shared memory is never reused.
+gradient aside, `zero_grad` with or without `set_to_none` all follow from that: whoever holds a result keeps
+its block from being reused. A storage moved to shared memory is never reused.
 
-*The price.* Up to the largest set of gradients alive at once stays allocated (as with `set_to_none=False`).
-`GRADIENTS.clear()` gives idle blocks back, `GRADIENTS.enabled = False` turns keeping off.
+*The price.* Up to the largest set of results alive at once stays allocated, as with `set_to_none=False`.
+Blocks that nobody asked for during many requests are freed; `clear()` frees every idle one, and `enabled =
+False` turns keeping off. `GRADIENTS` keeps gradients of weights, in storages of exactly their size (they may
+be saved); `ROWS` keeps rows and their gradients, and lets a somewhat larger block serve a smaller batch.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections import defaultdict
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import takewhile
 from math import prod
 
 import torch
@@ -39,6 +42,10 @@ class Block:
     def _references(self) -> tuple[int, int]:
         return torch._C._storage_Use_Count(self.storage._cdata), sys.getrefcount(self.storage)
 
+    def size(self) -> int:
+        """Bytes in the block."""
+        return self.num_bytes
+
     def is_idle(self) -> bool:
         """Nobody but this object can reach the memory."""
         return self._references() == self._idle and not self.storage.is_shared()
@@ -50,13 +57,14 @@ class Block:
 
 
 class KeptBuffers:
-    """Hands out CPU tensors over kept blocks, by size in bytes. Safe to call from several threads."""
+    """Hands out CPU tensors over kept blocks. Safe to call from several threads."""
 
-    def __init__(self, smallest: int = 1 << 20, patience: int = 1024) -> None:
-        """Keep blocks of at least `smallest` bytes, until idle for `patience` requests."""
+    def __init__(self, slack: float = 1.0, smallest: int = 1 << 20, patience: int = 1024) -> None:
+        """Keep blocks of at least `smallest` bytes until unused for `patience` requests; a request takes a
+        block of up to `slack` times its size."""
         self.enabled = True
-        self._smallest, self._patience = smallest, patience
-        self._blocks: defaultdict[int, list[Block]] = defaultdict(list)
+        self._slack, self._smallest, self._patience = slack, smallest, patience
+        self._blocks: list[Block] = []  # by size
         self._lock = threading.Lock()
         self._requests = 0
 
@@ -70,18 +78,21 @@ class KeptBuffers:
 
     def _take(self, num_bytes: int) -> Block:
         self._requests += 1
-        block = next((block for block in self._blocks[num_bytes] if block.is_idle()), None)
+        block = self._find(num_bytes)
         if block is None:
             self._forget(self._requests - self._patience)
             block = Block(num_bytes)
-            self._blocks[num_bytes].append(block)
+            insort(self._blocks, block, key=Block.size)
         block.last_use = self._requests
         return block
 
+    def _find(self, num_bytes: int) -> Block | None:
+        first = bisect_left(self._blocks, num_bytes, key=Block.size)
+        fitting = takewhile(lambda block: block.num_bytes <= self._slack * num_bytes, self._blocks[first:])
+        return next((block for block in fitting if block.is_idle()), None)
+
     def _forget(self, before: int) -> None:
-        for num_bytes, blocks in list(self._blocks.items()):
-            kept = [block for block in blocks if block.last_use >= before]
-            self._blocks[num_bytes] = kept
+        self._blocks = [block for block in self._blocks if block.last_use >= before]
 
     def clear(self) -> None:
         """Forget every block: idle ones are freed now, the others when their tensors are."""
@@ -91,7 +102,8 @@ class KeptBuffers:
     def num_bytes(self) -> int:
         """Bytes in all blocks, idle or not."""
         with self._lock:
-            return sum(block.num_bytes for blocks in self._blocks.values() for block in blocks)
+            return sum(block.num_bytes for block in self._blocks)
 
 
 GRADIENTS = KeptBuffers()
+ROWS = KeptBuffers(slack=1.25)

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moec.runtime.ops.registry import define, demand, differentiate, wide
+from moec.runtime.ops.buffers import ROWS
+from moec.runtime.ops.registry import define, demand, differentiate
 
 
 def token_of(order_N: Tensor, top_k: int) -> Tensor:
@@ -36,7 +38,8 @@ def _dispatch(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     _check(x, order, top_k)
     slots, tokens = order.shape[0], x.shape[0]
     demand(slots == tokens * top_k, "dispatch", f"{slots} slots for {tokens} tokens", f"T * {top_k} slots")
-    return x.index_select(0, token_of(order, top_k))
+    rows = ROWS.empty((slots, x.shape[1]), x.dtype, x.device)
+    return torch.index_select(x, 0, token_of(order, top_k), out=rows)
 
 
 def _fake(x: Tensor, order: Tensor, top_k: int) -> Tensor:
@@ -52,11 +55,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
     # Gather and add, not scatter-add: the same order of additions every time, on every device.
     (order_N,) = ctx.saved_tensors
-    slots_ND = grad_ND.index_select(0, invert(order_N))
+    places_TK = invert(order_N).unflatten(0, (-1, ctx.top_k))
     if ctx.top_k == 1:
-        return slots_ND, None, None
-    slots_TKD = slots_ND.unflatten(0, (-1, ctx.top_k))
-    return slots_TKD.sum(1, dtype=wide(grad_ND.dtype)).to(grad_ND.dtype), None, None
+        return grad_ND.index_select(0, places_TK.squeeze(1)), None, None
+    return F.embedding_bag(places_TK, grad_ND, mode="sum"), None, None
 
 
 define("dispatch(Tensor x, Tensor order, int top_k) -> Tensor", _dispatch, _fake)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.runtime.ops.buffers import GRADIENTS
+from moec.runtime.ops.buffers import GRADIENTS, ROWS
 from moec.runtime.ops.products import multiply
 from moec.runtime.ops.registry import LIBRARY, define, demand, differentiate
 
@@ -56,7 +56,7 @@ def spans(counts: Tensor, num_rows: int) -> Iterator[tuple[int, int, int]]:
 
 def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
     check_grouped_linear(rows, weight, bias, counts)
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    out = ROWS.empty((rows.shape[0], weight.shape[1]), rows.dtype, rows.device)
     end = 0
     for expert, start, count in spans(counts, rows.shape[0]):
         end = start + count

@@ -90,6 +90,20 @@ def test_blocks_nobody_asks_for_are_forgotten() -> None:
     assert buffers.num_bytes() == 0
 
 
+def test_slack_lets_a_larger_block_serve_and_never_a_much_larger_one() -> None:
+    buffers = KeptBuffers(slack=1.25, smallest=1)
+    buffers.empty((100,), torch.uint8, CPU)
+    for size in (100, 99, 80):
+        assert buffers.empty((size,), torch.uint8, CPU).shape == (size,)
+        assert buffers.num_bytes() == 100
+    buffers.empty((79,), torch.uint8, CPU)
+    buffers.empty((101,), torch.uint8, CPU)
+    assert buffers.num_bytes() == 280
+    exact = KeptBuffers(smallest=1)
+    exact.empty((100,), torch.uint8, CPU)
+    assert exact.empty((99,), torch.uint8, CPU).untyped_storage().nbytes() == 99
+
+
 @pytest.fixture
 def layer() -> Callable[[], tuple[Tensor, Tensor]]:
     """A grouped linear layer whose weight gradient (1.25 MB) is large enough to be kept."""
