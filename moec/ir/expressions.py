@@ -56,9 +56,7 @@ class Expressions:
     def refuse(self, at: ast.AST, found: str, needed: str = "", nearest: str = "") -> ArtifactError:
         """The error for the line of `at`, to be raised."""
         where = f"{self.file}:{getattr(at, 'lineno', 1)}"
-        raise ArtifactError(
-            where, found, needed or "an operator, a region, a weight, a size or a constant", nearest
-        )
+        return ArtifactError(where, found, needed or _NEEDED, nearest)
 
     def declare(self, variable: str, node: fx.Node, kind: Kind) -> None:
         """From here on the text's `variable` means `node`."""

@@ -48,8 +48,8 @@ class Program(nn.Module):
 
     Holds `graph` (its only child), `stage`, `source`, `plan`, `origins`, `ledger`, `certificates` and `stages`,
     a snapshot of the graph after every pass. Snapshots share all weights with the program. Parameters keep the
-    user's names wherever they are untouched (`named_parameters`, `state_dict`). `texts` holds the text of stages
-    that are not there as graphs: those of a program that was loaded.
+    user's names wherever they are untouched (`named_parameters`, `state_dict`). `texts` holds the text of
+    stages that are not there as graphs: those of a program that was loaded.
     """
 
     def __init__(

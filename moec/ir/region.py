@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-KINDS = ("attention", "ffn", "moe", "mix")
+KINDS = ("positions", "attention", "ffn", "moe", "mix")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Region:
 
     @property
     def name(self) -> str:
-        """The name it is called by in the program: `ffn_3`."""
-        return f"{self.kind}_{self.index}"
+        """The name it is called by in the program: `ffn_3`; there is one `positions` at most."""
+        return self.kind if self.kind == "positions" else f"{self.kind}_{self.index}"
 
 
 def region_of(module: object) -> Region | None:

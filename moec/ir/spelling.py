@@ -144,28 +144,16 @@ class Spelling:
         if short is not None:
             return short
         word = word_of(overload)
-        kinds = {name: kind_of(value, self.kinds) for name, value in kwargs.items()}
+        leading, named = _arranged(overload, args, kwargs)
+        kinds = {name: kind_of(value, self.kinds) for name, value in named.items()}
         found = packet(word)
-        resolved = found and resolve(found, [kind_of(arg, self.kinds) for arg in args], kinds)
+        resolved = found and resolve(found, [kind_of(arg, self.kinds) for arg in leading], kinds)
         called = self._word(word if resolved is overload else f"{word}.{overload._overloadname}")
-        return f"{called}({', '.join(self._arguments(overload, args, kwargs))})"
-
-    def _arguments(self, overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """Required arguments and leading tensors by position, options by name; defaults are left out."""
-        if any(keyword.iskeyword(declared.name) for declared in overload._schema.arguments):
-            return [
-                *map(self.value, args),
-                *(f"{name}={self.value(value)}" for name, value in kwargs.items()),
-            ]
-        written, named = [], False
-        for declared, value in zip(overload._schema.arguments, args, strict=False):
-            named = named or is_default(declared, value) or _is_option(overload, declared)
-            if not is_default(declared, value):
-                written.append(f"{declared.name}={self.value(value)}" if named else self.value(value))
-        return [*written, *self._named(kwargs)]
-
-    def _named(self, kwargs: dict[str, Any]) -> list[str]:
-        return [f"{name}={self.value(value)}" for name, value in kwargs.items()]
+        written = [
+            *map(self.value, leading),
+            *(f"{name}={self.value(value)}" for name, value in named.items()),
+        ]
+        return f"{called}({', '.join(written)})"
 
     # short spellings, each the inverse of one rule of the parser
 
@@ -221,6 +209,24 @@ class Spelling:
         """Whether `x[i, j]` means index.Tensor: tensors of at least one dim (others are read as selects)."""
         values = [index.meta.get("val") if isinstance(index, fx.Node) else None for index in indices]
         return bool(values) and all(isinstance(v, torch.Tensor) and v.dim() > 0 for v in values)
+
+
+def _arranged(
+    overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """What is written by position (required arguments, leading tensors) and what by name (options)."""
+    if any(keyword.iskeyword(declared.name) for declared in overload._schema.arguments):
+        return list(args), kwargs
+    leading: list[Any] = []
+    named: dict[str, Any] = {}
+    by_name = False
+    for declared, value in zip(overload._schema.arguments, args, strict=False):
+        by_name = by_name or is_default(declared, value) or _is_option(overload, declared)
+        if not by_name:
+            leading.append(value)
+        elif not is_default(declared, value):
+            named[declared.name] = value
+    return leading, named | kwargs
 
 
 def _is_option(overload: OpOverload, declared: Any) -> bool:

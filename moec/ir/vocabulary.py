@@ -33,7 +33,7 @@ SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 # Beside every functional pointwise operator (torch tags those), what decoders are made of.
-_NAMED = frozenset(
+WORDS = frozenset(
     """
     __and__ __or__ __xor__ _assert_tensor_metadata _fused_rms_norm _log_softmax _safe_softmax _softmax
     _to_copy absolute adaptive_avg_pool1d addbmm addmm addmv alias all alpha_dropout amax amin aminmax any
@@ -122,7 +122,7 @@ def refusal(overload: OpOverload) -> str:
     if overload.namespace in NAMESPACES:
         return ""
     known = overload.namespace == "aten" and (
-        overload._opname in _NAMED
+        overload._opname in WORDS
         or torch.Tag.pointwise in overload.tags
         or torch.Tag.view_copy in overload.tags
     )
@@ -134,7 +134,7 @@ def nearest_word(word: str) -> str:
     library = word.partition(".")[0]
     if library in NAMESPACES:
         return nearest(word, [f"{library}.{name}" for name in dir(getattr(torch.ops, library))])
-    return nearest(word, [*_NAMED, *CONSTANTS, *SIZE_FUNCTIONS, "gelu", "silu", "relu", "mul", "add"])
+    return nearest(word, [*WORDS, *CONSTANTS, *SIZE_FUNCTIONS, "gelu", "silu", "relu", "mul", "add"])
 
 
 def __getattr__(name: str) -> Any:
