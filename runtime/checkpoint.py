@@ -103,6 +103,7 @@ def _write_tensors(path: Path, tensors: Tensors) -> None:
         plain[name] = _alone(tensor.detach(), seen)
         seen.add(plain[name].untyped_storage().data_ptr())
     save_file(plain, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read its files
     _sync(path)
 
 
