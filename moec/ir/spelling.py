@@ -80,7 +80,7 @@ class Spelling:
         if isinstance(value, list):
             return f"[{', '.join(map(self.value, value))}]"
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{key!a}: {self.value(item)}" for key, item in value.items()) + "}"
+            return "{" + ", ".join(f"{_quoted(str(key))}: {self.value(item)}" for key, item in value.items()) + "}"
         return self._constant(value)
 
     def returned(self, value: Any) -> str:
