@@ -44,7 +44,7 @@ from moec.testing.decoders import attentions, decoders, feed_forwards, norms
 from moec.testing.decoys import DECOYS, DecoyRecipe, decoys
 from moec.testing.golden import assert_golden
 from moec.testing.named import NAMED
-from moec.testing.oracles import OracleAnswer, moe_oracle
+from moec.ir.expert_oracle import OracleAnswer, moe_oracle
 from moec.testing.pass_assertions import assert_preserves, assert_refuses, source_gradients
 from moec.testing.plans import decoders_and_plans, layer_settings, plans, selectors
 from moec.testing.recipe import Answer, DecoderRecipe, Site

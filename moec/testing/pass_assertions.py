@@ -26,12 +26,9 @@ def source_gradients(program: Program, gradients: Mapping[str, Tensor]) -> dict[
     sums: dict[str, Tensor] = {}
     for name, gradient in gradients.items():
         origin = program.origins[name]
-        if origin.source is None:
-            continue
-        if origin.experts:
-            gradient = torch.cat(list(gradient), origin.dim) if origin.how == "split" else gradient.sum(0)
-        gradient = gradient.t() if origin.transposed else gradient
-        sums[origin.source] = sums[origin.source] + gradient if origin.source in sums else gradient
+        if origin.source is not None:
+            dense = origin.pull_back(gradient)
+            sums[origin.source] = sums[origin.source] + dense if origin.source in sums else dense
     return sums
 
 
