@@ -2,8 +2,8 @@
 
 Fresh memory comes from the operating system page by page: on the machine this was measured on, filling 64 MB
 of it took 30 ms, and of kept memory 2 ms. The gradient of an expert weight is the size of all experts and
-written once a step, so this was most of what a sparse layer cost above a dense one. Here the block behind such
-a result is remembered, and handed out again once nobody else can reach it.
+written once a step: that was most of what a sparse layer cost above a dense one. Here the block behind
+such a result is remembered, and handed out again once nobody else can reach it.
 
 *When is that?* A block is idle when the only references to its storage are the ones taken here: torch's count
 of tensors (views, detached aliases, NumPy and DLPack exports included) is back to what it was when the block
