@@ -18,11 +18,15 @@ from moec.runtime.trainable import Trainable, device_of, in_mode
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy over `num_tokens` held-out tokens, in nats, and the load of each expert layer."""
+    """Mean cross-entropy over `num_tokens` held-out tokens, in nats, and what each expert layer did.
+
+    `load` sums up how even it was; `counts` are the rows that each expert of the layer computed.
+    """
 
     loss: float
     num_tokens: int
     load: Mapping[str, Load]
+    counts: Mapping[str, tuple[int, ...]]
 
     @property
     def perplexity(self) -> float:
@@ -51,6 +55,6 @@ def evaluate(
             batch = tokens.to(device), targets.to(device)
             total.add(compute_loss(program, batch, settings), tokens.numel())
     loss = total.mean()
-    return Evaluation(
-        loss.task, total.num_tokens, loads_of(loss.counts, program.moe_settings(), total.num_tokens)
-    )
+    load = loads_of(loss.counts, program.moe_settings(), total.num_tokens)
+    counts = {layer: tuple(row.tolist()) for layer, row in loss.counts.items()}
+    return Evaluation(loss.task, total.num_tokens, load, counts)

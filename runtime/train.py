@@ -12,6 +12,7 @@ function of the position in the data, and the checkpoint holds everything else (
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,11 @@ class TrainResult:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     interrupted: bool = False
     checkpoint: Path | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median over the steps of this run; 0 when it took none."""
+        return statistics.median([record.tokens_per_second for record in self.history] or [0.0])
 
     @property
     def final(self) -> Evaluation | None:

@@ -104,7 +104,7 @@ def test_the_split_covers_the_stream_and_no_window_crosses_it(
     side = np.zeros(num_tokens, dtype=int)
     for number, stretches in ((1, split.train), (2, split.held_out)):
         for start, stop in stretches:
-            assert stop - start >= sequence + 1
+            assert start + sequence + 1 <= stop <= num_tokens
             assert not side[start:stop].any()
             side[start:stop] = number
         for first in window_starts(stretches, sequence):

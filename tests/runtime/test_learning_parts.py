@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from moec.runtime.groups import make_optimizer, parameter_groups
 from moec.runtime.sample import sample, sample_tokens
 from moec.runtime.schedule import learning_rate
 from moec.runtime.step import OptimizerStep
+from moec.runtime.trainable import LossTerms
 from tests.runtime.tiny import LAYER, TinyProgram, tiny_settings, tiny_text
 
 
@@ -217,6 +219,18 @@ def test_evaluation_is_the_mean_over_held_out_tokens(tmp_path: Path) -> None:
     assert told.bits == pytest.approx(told.loss / math.log(2))
     assert told.perplexity == pytest.approx(math.exp(told.loss))
     assert told.load[LAYER].dropped == 0.0
+    assert sum(told.counts[LAYER]) == 2 * told.num_tokens  # top-2, nothing dropped
+
+
+def test_evaluation_gives_back_what_it_draws(tmp_path: Path) -> None:
+    class Drawing(TinyProgram):
+        def loss_terms(self, *args: Any, **kwargs: Any) -> LossTerms:
+            torch.rand(3)
+            return super().loss_terms(*args, **kwargs)
+
+    data, state = tiny_text(tmp_path), torch.get_rng_state()
+    evaluate(Drawing(), data, tiny_settings())
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_sampling_is_a_function_of_the_seed() -> None:

@@ -55,6 +55,7 @@ def test_training_learns_and_reports(data: TextData, tmp_path: Path) -> None:
     assert [record.step for record in told.evaluations] == [50, 100, 150, 200]
     assert told.final is not None
     assert told.history[0].loss > 5.0
+    assert told.tokens_per_second > 0.0
     assert told.final.loss < 2.9
     assert not program.training  # left in the mode it came in
 
