@@ -12,7 +12,7 @@ EXPERTS, WIDTH, TOP_K = 64, 8, 2
 
 
 def largest_allocation(tokens: int) -> int:
-    """Bytes of the largest single allocation in forward and backward of everything but the products."""
+    """Most bytes that one operator allocates for itself, forward and backward, products left aside."""
     x = torch.randn(tokens, WIDTH, requires_grad=True)
     router = torch.randn(EXPERTS, WIDTH, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -27,6 +27,5 @@ def largest_allocation(tokens: int) -> int:
 def test_no_allocation_grows_faster_than_the_tokens() -> None:
     small, large = largest_allocation(64), largest_allocation(1024)
     one_hot = 1024 * EXPERTS * (1024 * TOP_K // EXPERTS)  # elements of a dispatch mask, at one byte each
-    assert 0 < large <= 16 * small + 4096
-    assert large <= 3 * 1024 * EXPERTS * 4
+    assert 0 < large <= 1.1 * 16 * small
     assert large < one_hot / 2
