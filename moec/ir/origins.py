@@ -47,14 +47,14 @@ class Origin:
             return None
         if self.how == "same":
             return value
-        dense = self._joined(value) / self.scale if self.how == "split" else self._agreed(value)
+        dense = self.joined(value) / self.scale if self.how == "split" else self._agreed(value)
         return dense.t().contiguous() if dense is not None and self.transposed else dense
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """The gradient of the source tensor, by the chain rule through how this parameter was made from it."""
         if not self.experts:
             return gradient
-        dense = self._joined(gradient) * self.scale if self.how == "split" else gradient.sum(0)
+        dense = self.joined(gradient) * self.scale if self.how == "split" else gradient.sum(0)
         return dense.t() if self.transposed else dense
 
     def deal(self, dense: Tensor) -> Tensor:
@@ -64,7 +64,8 @@ class Origin:
         dealt = units.movedim(self.dim + 1, 0).flatten(self.dim + 1, self.dim + 2)
         return dealt.contiguous() * self.scale
 
-    def _joined(self, value: Tensor) -> Tensor:
+    def joined(self, value: Tensor) -> Tensor:
+        """`split`: the slices [E, …] put together along `dim`, unscaled."""
         units = value.unflatten(self.dim + 1, [self.blocks, value.shape[self.dim + 1] // self.blocks])
         return units.movedim(0, self.dim + 1).flatten(self.dim, self.dim + 2)
 

@@ -1,0 +1,62 @@
+"""The roof: `compile` and `load`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from moec.capture import capture
+from moec.passes.pipeline import pipeline
+from moec.passes.runner import Runner
+from moec.plan import Plan
+from moec.program import Program
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "auto": None}
+
+
+def compile(
+    model: nn.Module | ExportedProgram,
+    plan: str | Path | Plan | Mapping[str, Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    verify: str | bool | None = None,
+    disable: Collection[str] = (),
+    backend: str | None = None,
+) -> Program:
+    """Turn a dense decoder into the program that `plan` describes.
+
+    `model`: tokens i64 [B, S] → logits [B, S, V]; any nn.Module decoder, a Hugging Face causal LM, an
+    `fx.GraphModule` or an `ExportedProgram`. It is not changed, and the program owns copies of its weights.
+    `plan`: a TOML file, the name of a shipped plan, a `moec.Plan`, a mapping, or None to stay dense.
+    `example_inputs`: where they cannot be inferred. `verify`: "auto" (default: prove contracts where that takes
+    seconds), "full", "off". `disable`: names of passes to leave out. `backend`: "eager" or "inductor".
+    Raises `PlanError`, `CaptureError`, `PassError` or `VerifyError`; each says where, what was found, and what was
+    needed.
+    """
+    chosen = Plan.resolve(plan)
+    program = capture(model, example_inputs=example_inputs, dtype=DTYPES[chosen.compile.dtype])
+    program.plan = chosen
+    runner = Runner(verify=_verify(verify, chosen), disable=disable)
+    done = runner.run(program, pipeline(chosen))
+    return Program.of(done, backend=backend or chosen.compile.backend)
+
+
+def _verify(asked: str | bool | None, plan: Plan) -> str:
+    if isinstance(asked, bool):
+        return "full" if asked else "off"
+    return asked or plan.compile.verify
+
+
+def load(directory: str | Path, *, trust: bool = False) -> Program:
+    """Read a saved program back; nothing in it is executed. `trust=True` accepts one edited by hand.
+
+    Raises `ArtifactError` for a missing, truncated, edited or foreign artifact.
+    """
+    from moec.runtime.artifact import load_program
+
+    return Program.of(load_program(directory, trust=trust))

@@ -1,0 +1,84 @@
+"""Gather the loss terms and loads of all expert layers into the program's output.
+
+before:  return logits
+after:   return logits, {"balance": 0.01 * balance_1 + 0.01 * balance_3, "z": …, "counts": {"moe_1": counts_1, …}}
+
+Weights of the terms are the plan's, layer by layer. A program without expert layers is left alone.
+
+Assumes: expert layers are regions `moe_*` that return (y, balance, z, counts).
+Contract: exact (the logits are untouched).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from moec.ir import Pass, Program, region_of
+from moec.ir.graphs import output
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CollectTerms(Pass):
+    """See the module."""
+
+    makes: ClassVar[str] = "sparse"
+
+    def apply(self, program: Program) -> Program:
+        root = program.graph
+        calls = [node for node in root.graph.nodes if _is_expert_layer(root, node)]
+        if calls:
+            _collect(root, calls)
+            root.recompile()
+        return program
+
+
+def _is_expert_layer(root: fx.GraphModule, node: fx.Node) -> bool:
+    region = region_of(root.get_submodule(str(node.target))) if node.op == "call_module" else None
+    return region is not None and region.kind == "moe"
+
+
+def _collect(root: fx.GraphModule, calls: list[fx.Node]) -> None:
+    graph, end = root.graph, output(root.graph)
+    with graph.inserting_before(end):
+        terms: dict[str, Any] = {"balance": None, "z": None, "counts": {}}
+        for call in calls:
+            region = region_of(root.get_submodule(str(call.target)))
+            assert region is not None
+            weights = {"balance": _balance_weight(region.settings), "z": region.settings["z_loss"]}
+            for position, term in ((1, "balance"), (2, "z")):
+                if weights[term]:
+                    terms[term] = _plus(graph, terms[term], _item(graph, call, position, term, region.index), weights[term])
+            terms["counts"][region.name] = _item(graph, call, 3, "counts", region.index)
+        for term in ("balance", "z"):
+            terms[term] = terms[term] if terms[term] is not None else _nothing(graph, term, calls[0])
+    end.args = ((end.args[0], terms),)
+
+
+def _balance_weight(settings: dict[str, Any]) -> float:
+    return float(settings["balance_loss"]) if settings["balance"] == "loss" else 0.0
+
+
+def _item(graph: fx.Graph, call: fx.Node, position: int, name: str, index: int) -> fx.Node:
+    with graph.inserting_after(next(reversed([u for u in call.users if u.target is operator.getitem]), call)):
+        node = graph.call_function(operator.getitem, (call, position))
+    node.name = f"{name}_{index}"
+    return node
+
+
+def _plus(graph: fx.Graph, total: fx.Node | None, term: fx.Node, weight: float) -> fx.Node:
+    scaled = graph.call_function(aten.mul.Tensor, (term, weight))
+    return scaled if total is None else graph.call_function(aten.add.Tensor, (total, scaled))
+
+
+def _nothing(graph: fx.Graph, term: str, call: fx.Node) -> fx.Node:
+    """A term that no layer asks for is zero, and reaches no gradient."""
+    position = 1 if term == "balance" else 2
+    item = graph.call_function(operator.getitem, (call, position))
+    return graph.call_function(aten.zeros_like.default, (item,))

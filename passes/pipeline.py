@@ -1,0 +1,66 @@
+"""The one place where lists of passes are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moec.ir import Pass, Program
+from moec.plan import Plan
+
+from .branch_experts import BranchExperts
+from .collect_terms import CollectTerms
+from .drop_noops import DropNoops
+from .functionalize_writes import FunctionalizeWrites
+from .lift_experts import LiftExperts
+from .merge_equal_values import MergeEqualValues
+from .name_values import NameValues
+from .normalize_views import NormalizeViews
+from .outline_attention import OutlineAttention
+from .outline_feed_forwards import OutlineFeedForwards
+from .outline_positions import OutlinePositions
+from .spell_attention import SpellAttention
+from .spell_linears import SpellLinears
+from .spell_norms import SpellNorms
+
+
+@dataclass(frozen=True)
+class CompleteCanonical(Pass):
+    """Mark the end of stage *canonical*; the runner checks what stands in the graph."""
+
+    makes: ClassVar[str] = "canonical"
+
+    def apply(self, program: Program) -> Program:
+        """Nothing to do: the fork itself."""
+        return program
+
+
+def canonical() -> list[Pass]:
+    """captured → canonical: few operators, one spelling each."""
+    return [
+        FunctionalizeWrites(),
+        DropNoops(),
+        NormalizeViews(),
+        SpellLinears(),
+        SpellNorms(),
+        SpellAttention(),
+        MergeEqualValues(),
+        CompleteCanonical(),
+    ]
+
+
+def structured() -> list[Pass]:
+    """canonical → structured: regions, by dataflow."""
+    return [OutlineFeedForwards(), OutlineAttention(), OutlinePositions(), NameValues()]
+
+
+def sparse(plan: Plan) -> list[Pass]:
+    """structured → sparse: what the plan asks for; nothing for a dense plan."""
+    if plan.moe is None:
+        return []
+    return [BranchExperts(plan), LiftExperts(plan), CollectTerms()]
+
+
+def pipeline(plan: Plan) -> list[Pass]:
+    """Everything that `moec.compile` runs for `plan`, in order."""
+    return [*canonical(), *structured(), *sparse(plan)]
