@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from moec.errors import PassError
-from moec.ir import Origin, Pass, Program, Region, region_of, regions
+from moec.ir import Origin, Pass, Program, Region, region_of
 from moec.ir.graphs import fork, place, root_module
 from moec.ir.patterns import tensor
 from moec.plan import LayerSettings, Plan
 
-from .sites import feed_forward_sites, settings_by_site
+from .sites import feed_forward_sites, require_feed_forwards, settings_by_site
 
 aten = torch.ops.aten
 
@@ -41,8 +40,7 @@ class BranchExperts(Pass):
         return "changes-model" if "sum" in kinds else "exact"
 
     def requires(self, program: Program) -> None:
-        if not regions(program.graph, "ffn"):
-            raise PassError("branch_experts", "no feed-forward region", "a program at stage structured with one")
+        require_feed_forwards(program, self.name)
 
     def apply(self, program: Program) -> Program:
         for site, settings in settings_by_site(program, self.plan).items():

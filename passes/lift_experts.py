@@ -22,14 +22,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from moec.errors import PassError
-from moec.ir import Check, Origins, Pass, Program, region_of, regions
+from moec.ir import Check, Origins, Pass, Program, region_of
 from moec.ir.graphs import drop_unused
 from moec.plan import LayerSettings, Plan
 
 from .build_experts import ExpertLayer, build_experts
 from .prove_experts import prove_experts
-from .sites import feed_forward_sites, settings_by_site
+from .sites import feed_forward_sites, require_feed_forwards, settings_by_site
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,13 @@ class LiftExperts(Pass):
         return "exact" if all(map(keeps_function, settings)) else "changes-model"
 
     def requires(self, program: Program) -> None:
-        if not regions(program.graph, "ffn"):
-            raise PassError("lift_experts", "no feed-forward region", "a program at stage structured with one")
+        require_feed_forwards(program, self.name)
 
     def apply(self, program: Program) -> Program:
         made: dict[object, ExpertLayer] = {}
+        sites = feed_forward_sites(program)
         for site, settings in settings_by_site(program, self.plan).items():
-            _lift(program, site, settings, self.plan, made)
+            _lift(program, sites[site], settings, self.plan, made)
         drop_unused(program.graph)
         return program
 
@@ -69,9 +68,8 @@ def keeps_function(settings: LayerSettings) -> bool:
 
 
 def _lift(
-    program: Program, site: int, settings: LayerSettings, plan: Plan, made: dict[object, ExpertLayer]
+    program: Program, dense_name: str, settings: LayerSettings, plan: Plan, made: dict[object, ExpertLayer]
 ) -> None:
-    dense_name = feed_forward_sites(program)[site]
     index = region_of(program.graph.get_submodule(dense_name)).index  # type: ignore[union-attr]
     name = f"branch_{index}" if settings.residual != "none" else dense_name
     call = next(node for node in program.graph.graph.nodes if node.op == "call_module" and node.target == name)
