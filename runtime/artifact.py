@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, fx
@@ -30,7 +30,7 @@ from moec.ir.certificate import Certificate
 from moec.ir.origins import Origin, Origins
 from moec.ir.parse import parse_program
 from moec.ir.program import Program
-from moec.ir.region import regions
+from moec.ir.retarget import on_device
 from moec.ir.shapes import propagate
 from moec.ir.text import program_text
 from moec.plan import Plan
@@ -171,13 +171,25 @@ def _plan_text(program: Program) -> str | None:
 # loading
 
 
+@overload
+def load_program(
+    directory: str | Path, *, trust: bool = False, device: torch.device | str = "cpu"
+) -> Program: ...
+
+
+@overload
+def load_program(
+    directory: str | Path, *, trust: bool = False, device: torch.device | str = "cpu", kind: type[P]
+) -> P: ...
+
+
 def load_program(
     directory: str | Path,
     *,
     trust: bool = False,
     device: torch.device | str = "cpu",
-    kind: type[P] = Program,  # type: ignore[assignment]
-) -> P:
+    kind: type[Any] = Program,
+) -> Any:
     """The program saved in `directory`: same names, same bits, same records; weights on `device`.
 
     No code of the folder is run, trusted or not. `trust=True` accepts a `program.py` or a manifest edited by
@@ -192,7 +204,7 @@ def load_program(
     tensors = _read_weights(folder, manifest, place)
     transient = {record.name for record in manifest.weights if not record.persistent}
     graph = parsed.assemble(rebuild_weights(manifest.weights, tensors), regions_of(manifest), transient)
-    _retarget(graph, place if tensors is not None else torch.device("meta"))
+    on_device(graph, place if tensors is not None else torch.device("meta"))
     propagate(graph)
     restore_places(graph, manifest)
     return _program(kind, graph, folder, manifest, tensors, trust)
@@ -235,12 +247,3 @@ def _read_stages(folder: Path, manifest: Manifest, trust: bool) -> dict[str, str
         stage: require_whole(folder, file, manifest, trust=trust).read_text(encoding="utf-8")
         for stage, file in manifest.stages.items()
     }
-
-
-def _retarget(root: fx.GraphModule, device: torch.device) -> None:
-    """Tables that the graph makes (`arange(S, device="cpu")`) are made where the weights are."""
-    for module in [root, *regions(root).values()]:
-        for node in module.graph.nodes:
-            swap = {key: device for key, value in node.kwargs.items() if isinstance(value, torch.device)}
-            node.kwargs = {**node.kwargs, **swap} if swap else node.kwargs
-        module.recompile()

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from moec.errors import ArtifactError
@@ -94,9 +94,14 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def read_tensors(path: Path, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of one file, on `device`; `ArtifactError` when it does not hold exactly `names`."""
+    """The tensors of one file, on `device`; `ArtifactError` when it does not hold exactly `names`.
+
+    Each is copied to memory of its own: tensors in a file are aligned anyhow, and matrix products of the same
+    numbers can differ in the last bit with the alignment of their operands.
+    """
     try:
-        tensors = load_file(path, device=str(device))
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(str(path), f"{error}", "a safetensors file", REBUILD) from None
     odd = set(names) ^ set(tensors)

@@ -8,30 +8,20 @@ for the others.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from .layout import ranges
 
 _FUNCTION = re.compile(r"^def (\w+)\(")
 _ALIAS = re.compile(r"^\w+(?: = \w+)+$")
 _BLOCK = re.compile(r"^    # block (\d+) ·")
-_NUMBERED = re.compile(r"(?<=_)\d+\b|(?<=\w\[)\d+(?=\])")  # of a layer or a copy: ffn_3, x_5, h[3]
+_ASSIGNED = re.compile(r"^ +([\w, ]+?) = ")
+_NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*(?![\w(=])")  # no attribute, function or keyword
+_NUMBER = re.compile(r"(?<=_)\d+(?=\()|(?<=\w\[)\d+(?=\])")  # of a layer: self.ffn_3(x), self.h[3].ln
 _COMMENT = re.compile(r" +# .*$")
 _CONTEXT = 2
-
-
-@dataclass(frozen=True)
-class Hunk:
-    """Lines of a unified diff, and the same with layer numbers and shapes out of the way, for comparison."""
-
-    lines: tuple[str, ...]
-
-    @property
-    def pattern(self) -> tuple[str, ...]:
-        """What alike hunks share: the code, with every number of a layer or a copy blotted out."""
-        return tuple(_NUMBERED.sub("#", _COMMENT.sub("", line).rstrip()) for line in self.lines)
 
 
 def diff_text(before: str, after: str, before_name: str = "before", after_name: str = "after") -> str:
@@ -161,29 +151,56 @@ def _sections(
     changed: Sequence[tuple[str, str]], old: dict[str, list[str]], new: dict[str, list[str]]
 ) -> list[str]:
     """One section per distinct change of a region or a block."""
-    sections: dict[tuple[tuple[str, ...], ...], list[tuple[str, str]]] = {}
-    hunks: dict[tuple[str, str], list[Hunk]] = {}
+    variables = _variables([*old.values(), *new.values()])
+    sections: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    shown: dict[tuple[str, str], list[str]] = {}
     for a, b in changed:
-        hunks[a, b] = _hunks(old.get(a, []), new.get(b, []))
-        sections.setdefault(tuple(hunk.pattern for hunk in hunks[a, b]), []).append((a, b))
+        shown[a, b] = _hunks(old.get(a, []), new.get(b, []))
+        sections.setdefault(_pattern(shown[a, b], variables), []).append((a, b))
     lines: list[str] = []
     for members in sections.values():
-        lines += ["", f"@@ {_title(members)}", *_folded(hunks[members[0]])]
+        lines += ["", f"@@ {_title(members)}", *shown[members[0]]]
     return lines
 
 
 def _title(members: Sequence[tuple[str, str]]) -> str:
     a, b = members[0]
-    title = a if a == b else f"{a or 'nothing'} → {b or 'nothing'}"
+    title = f"{a} → {b}" if a and b and a != b else a or f"{b} is new"
+    title += "" if b else " is gone"
     others = [b or a for a, b in members[1:]]
     return title + (f"   ×{len(members)} alike: {_layers([b or a, *others])}" if others else "")
 
 
-def _hunks(old: list[str], new: list[str]) -> list[Hunk]:
+def _variables(functions: Iterable[Sequence[str]]) -> set[str]:
+    """Names that some function assigns; which is which does not matter when changes are compared."""
+    names: set[str] = set()
+    for line in itertools.chain.from_iterable(functions):
+        found = _ASSIGNED.match(line)
+        names.update(found[1].split(", ") if found else ())
+    return names - {"_"}
+
+
+def _pattern(lines: Sequence[str], variables: set[str]) -> tuple[str, ...]:
+    """What alike changes share: code whose variables are counted off and whose layers are left out."""
+    numbers: dict[str, str] = {}
+
+    def counted(found: re.Match[str]) -> str:
+        name = found.group()
+        return numbers.setdefault(name, f"v{len(numbers)}") if name in variables else name
+
+    code = (_COMMENT.sub("", line).rstrip() for line in lines if not line.lstrip("+- ").startswith("#"))
+    return tuple(_NAME.sub(counted, _NUMBER.sub("#", line)) for line in code)
+
+
+def _hunks(old: list[str], new: list[str]) -> list[str]:
     """The changed stretches, with a little context; lines that differ only in comments are the same."""
     left, right = ([_COMMENT.sub("", line).rstrip() for line in lines] for lines in (old, new))
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
-    return [Hunk(tuple(_unified(group, old, new))) for group in matcher.get_grouped_opcodes(_CONTEXT)]
+    lines: list[str] = []
+    for group in matcher.get_grouped_opcodes(_CONTEXT):
+        lines += ["  …"] if lines else []
+        lines += _unified(group, old, new)
+    return lines
 
 
 def _unified(
@@ -195,17 +212,3 @@ def _unified(
         else:
             yield from (f"- {line}" for line in old[i:j])
             yield from (f"+ {line}" for line in new[k:m])
-
-
-def _folded(hunks: Sequence[Hunk]) -> list[str]:
-    """Hunks in order, each pattern shown at its first place and counted there."""
-    patterns = [hunk.pattern for hunk in hunks]
-    lines: list[str] = []
-    for position, hunk in enumerate(hunks):
-        count = patterns.count(hunk.pattern)
-        if hunk.pattern in patterns[:position]:
-            continue
-        lines += ["  …"] if lines else []
-        lines += hunk.lines
-        lines += [f"  … and ×{count - 1} more alike"] if count > 1 else []
-    return lines

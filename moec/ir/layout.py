@@ -125,7 +125,7 @@ def _with_comment(code: str, comment: str, width: int) -> str:
 
 def _wrapped(code: str) -> str:
     """`code` over several lines when it is long: broken after commas, all of which stand inside brackets."""
-    if len(code) <= WIDTH or ("(" not in code and "[" not in code):
+    if len(code) <= WIDTH:
         return code
     pieces = _pieces(code)
     return _filled(pieces, "    ").removeprefix("    ")

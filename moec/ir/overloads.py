@@ -101,7 +101,7 @@ def _accepts(overload: OpOverload, args: Sequence[Kind], kwargs: Mapping[str, Ki
     if not set(kwargs) <= names - set(given):
         return False
     given.update(kwargs)
-    numbers = overload._opname in NUMBERS_AS_TENSORS
+    numbers = overload._opname.rstrip("_") in NUMBERS_AS_TENSORS
     return all(
         _fits(str(argument.real_type), given[argument.name], _length(argument), numbers)
         if argument.name in given

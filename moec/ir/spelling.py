@@ -80,7 +80,8 @@ class Spelling:
         if isinstance(value, list):
             return f"[{', '.join(map(self.value, value))}]"
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{_quoted(str(key))}: {self.value(item)}" for key, item in value.items()) + "}"
+            items = (f"{_quoted(str(key))}: {self.value(item)}" for key, item in value.items())
+            return "{" + ", ".join(items) + "}"
         return self._constant(value)
 
     def returned(self, value: Any) -> str:

@@ -9,6 +9,7 @@ with the symbolic shape of every value at the right.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from torch._ops import OpOverload
 from .kinds import NUMBERS, infer_kinds
 from .layout import Function, Line, function_text, import_lines
 from .overloads import Kind
-from .region import region_of
+from .region import KINDS, region_of
 from .shapes import symbols
 from .spelling import Spelling, printable
 
@@ -29,7 +30,7 @@ _SHORT_DTYPE = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.bool: "bool",
 }  # fmt: skip
-_REGION_NAME = re.compile(r"[A-Za-z]+_[0-9]+\Z")
+_REGION_NAME = re.compile(rf"({'|'.join(KINDS)})(_[0-9]+)?\Z")
 
 
 def program_text(root: fx.GraphModule, *title: str) -> str:
@@ -106,21 +107,16 @@ class _Printer:
         return Function(header, list(self._lines(nodes, module, spelling)))
 
     def _lines(self, nodes: list[fx.Node], module: fx.GraphModule, spelling: Spelling) -> Iterable[Line]:
-        block, written = "", {node.name for node in nodes if node.op == "placeholder"}
-        skipped: set[fx.Node] = set()
-        for position, node in enumerate(nodes):
+        block, skipped = "", set[fx.Node]()
+        for node in nodes:
             if node.op in ("placeholder", "get_attr") or node in skipped:
                 continue
             if node.op == "output":
                 yield Line(f"return {spelling.returned(node.args[0])}", "", block)
                 continue
-            block = _block_of(node, module, block)
-            items = _unpacked(nodes, position, module)
-            if items and node.name != unpacked_name(_base_name(node), written):
-                items = []
-            present = [item for item in items if item is not None]
-            skipped.update(present)
-            written.update([node.name, *(item.name for item in present)])
+            block = _block_of(node, module, block) if module is self.root else ""
+            items = _unpacked(node, module)
+            skipped.update(item for item in items if item is not None)
             yield self._line(node, items, spelling, block)
 
     def _line(self, node: fx.Node, items: list[fx.Node | None], spelling: Spelling, block: str) -> Line:
@@ -167,28 +163,18 @@ def _dtype(dtype: torch.dtype) -> str:
     return _SHORT_DTYPE.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _base_name(node: fx.Node) -> str:
-    return node.target._opname if isinstance(node.target, OpOverload) else str(node.target)
+def _unpacked(node: fx.Node, module: fx.GraphModule) -> list[fx.Node | None]:
+    """The items of a list-valued node by position, unread ones None; empty when it is used in any other way.
 
-
-def _unpacked(nodes: list[fx.Node], position: int, module: fx.GraphModule) -> list[fx.Node | None]:
-    """The items right after a list-valued node when they are all that is read of it, unread ones as None."""
-    node = nodes[position]
-    count = _length(node, module)
-    items: list[fx.Node | None] = [None] * count
-    following = nodes[position + 1 : position + 1 + len(node.users)]
-    last = -1
-    for item in following:
-        if not _is_item_of(item, node) or not last < item.args[1] < count:  # type: ignore[operator]
+    Such a node needs no name in the text, and its items stand where it is computed.
+    """
+    items: list[fx.Node | None] = [None] * (_length(node, module) if node.users else 0)
+    for user in node.users:
+        index = user.args[1] if user.target is operator.getitem and user.args[0] is node else None
+        if type(index) is not int or not 0 <= index < len(items) or items[index] is not None:
             return []
-        last = int(item.args[1])  # type: ignore[arg-type]
-        items[last] = item
-    return items if node.users else []
-
-
-def _is_item_of(item: fx.Node, node: fx.Node) -> bool:
-    name = getattr(item.target, "__name__", "")
-    return name == "getitem" and item.args[0] is node and type(item.args[1]) is int
+        items[index] = user
+    return items
 
 
 def _length(node: fx.Node, module: fx.GraphModule) -> int:

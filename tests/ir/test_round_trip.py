@@ -25,15 +25,28 @@ from tests.ir.hand_made import model
 
 
 def calls_of(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """Each call as plain data: name, target, arguments in normal form; nodes by name, weights by path."""
-    return [_plain_call(node) for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    """Each call as plain data: name, target, arguments in normal form; nodes by name, weights by path.
+
+    A list of which only items are used has no name in the text, so it is known by the names of its items.
+    """
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    items = {item: node for node in nodes for item in _items(node)}
+    return [_plain_call(node) for node in nodes if node not in items]
+
+
+def _items(node: fx.Node) -> list[fx.Node]:
+    users = list(node.users)
+    if not all(user.target is operator.getitem for user in users):
+        return []
+    return users if len({user.args[1] for user in users}) == len(users) else []
 
 
 def _plain_call(node: fx.Node) -> tuple[Any, ...]:
     args, kwargs = node.args, node.kwargs
     if isinstance(node.target, OpOverload):
         args, kwargs = normal_call(node.target, args, kwargs)
-    return node.name, node.target, _plain(args), _plain(kwargs)
+    name = sorted((item.args[1], item.name) for item in _items(node)) or node.name
+    return name, node.target, _plain(args), _plain(kwargs)
 
 
 def _plain(value: Any) -> Any:
@@ -50,9 +63,16 @@ def assert_same_program(before: fx.GraphModule, parsed: ParsedProgram) -> None:
     """Same names, targets, arguments and results, in every region."""
     assert calls_of(parsed.root) == calls_of(before.graph)
     for name in parsed.region_names():
-        assert calls_of(parsed.functions[name]) == calls_of(before.get_submodule(name).graph)
+        assert calls_of(parsed.functions[name]) == calls_of(graph_of(before, name))
     returned = [next(reversed(g.nodes)).args[0] for g in (before.graph, parsed.root)]
     assert _plain(returned[0]) == _plain(returned[1])
+
+
+def graph_of(root: fx.GraphModule, name: str) -> fx.Graph:
+    """The graph of a region."""
+    region = root.get_submodule(name)
+    assert isinstance(region, fx.GraphModule)
+    return region.graph
 
 
 # every operator of the vocabulary, with arguments of the kinds it declares
@@ -111,7 +131,7 @@ def graphs(draw: st.DrawFn) -> fx.GraphModule:
     for _ in range(draw(st.integers(1, 6))):
         if draw(st.integers(0, 9)) == 0:
             symbols = [t for t in INFIX_SIZES if t.__name__ in ("add", "sub", "mul", "floordiv", "mod")]
-            other = draw(st.sampled_from([*sizes, 3, -2]))
+            other: Any = draw(st.sampled_from([*sizes, 3, -2]))
             sizes.append(graph.call_function(draw(st.sampled_from(symbols)), (sizes[-1], other)))
         else:
             _draw_call(draw, graph, tensors, sizes, training)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from moec.capture.capture import capture
 from moec.errors import ArtifactError
@@ -101,13 +101,17 @@ def test_a_loaded_program_trains(saved: Path) -> None:
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
+def up_of(graph: fx.GraphModule, layer: int) -> nn.Parameter:
+    """The first matrix of a dense layer."""
+    return graph.get_parameter(f"ffn_{layer}.up.weight")
+
+
 def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
     graph = model(layers=2)
-    graph.ffn_1.up.weight = graph.ffn_0.up.weight
-    loaded = load_program(
-        save_program(Program(graph, source=program.source, origins=Origins({})), tmp_path / "p")
-    )
-    assert loaded.graph.ffn_1.up.weight is loaded.graph.ffn_0.up.weight
+    graph.get_submodule("ffn_1.up").register_parameter("weight", up_of(graph, 0))
+    program = Program(graph, source=Source("x", 11), origins=Origins({}))
+    loaded = load_program(save_program(program, tmp_path / "p"))
+    assert up_of(loaded.graph, 1) is up_of(loaded.graph, 0)
     assert len(list(loaded.parameters())) == len(list(graph.parameters()))
     read = json.loads((tmp_path / "p" / "manifest.json").read_text())
     assert "ffn_1.up.weight" not in read["weight_files"]["weights.safetensors"]
@@ -115,18 +119,19 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
 
 def test_parameters_over_one_memory_are_refused(tmp_path: Path) -> None:
     graph = model(layers=2)
-    graph.ffn_1.up.weight = nn.Parameter(graph.ffn_0.up.weight.detach())
+    shared = nn.Parameter(up_of(graph, 0).detach())
+    graph.get_submodule("ffn_1.up").register_parameter("weight", shared)
     with pytest.raises(ArtifactError, match="over the same memory"):
         save_program(Program(graph, source=Source("x", 11), origins=Origins({})), tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_frozen_parameters_and_transient_buffers(program: Program, tmp_path: Path) -> None:
-    program.graph.ffn_0.up.weight.requires_grad_(False)
+    up_of(program.graph, 0).requires_grad_(False)
     place(program.graph, "tables.cos", torch.randn(4).expand(3, 4), persistent=False)
     loaded = load_program(save_program(program, tmp_path / "p"))
-    assert not loaded.graph.ffn_0.up.weight.requires_grad
-    assert torch.equal(loaded.graph.tables.cos, program.graph.tables.cos)
+    assert not up_of(loaded.graph, 0).requires_grad
+    assert torch.equal(loaded.graph.get_buffer("tables.cos"), program.graph.get_buffer("tables.cos"))
     assert "tables.cos" not in loaded.state_dict()
 
 
