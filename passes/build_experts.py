@@ -94,15 +94,14 @@ class _Builder:
         return [self._call(name, operator.getitem, node, i) for i, name in enumerate(names)]
 
     def _route(self, tokens: fx.Node, value: Tensor) -> tuple[fx.Node, fx.Node, fx.Node]:
-        """Scores in fp32 from a router without bias, then the choice."""
-        s, wide = self.settings, torch.promote_types(value.dtype, torch.float32)
-        read = tokens if value.dtype == wide else self._call("wide", aten.to.dtype, tokens, wide)
+        """Scores, in fp32 at least, from a router without bias; then the choice."""
+        s, read = self.settings, tokens
         if s.gate == "straight-through":
             # The weight is one whatever the router says: what the trunk learns must not depend on it either.
             read = self._call("read", aten.detach.default, read)
         if s.noise == "jitter":
             read = self._call("jittered", self.experts.jitter.default, read, s.jitter, self.training)
-        scores = self._call("scores", aten.linear.default, read, self._router(int(value.shape[-1]), value.device, wide))
+        scores = self._call("scores", self.experts.router.default, read, self._router(value))
         noise = "rsample" if s.noise == "rsample" else "none"
         bias = self._bias(value.device) if s.balance == "bias" else None
         routed = self._call(
@@ -111,11 +110,13 @@ class _Builder:
         weights, chosen = self._items(routed, "weights", "experts")
         return scores, weights, chosen
 
-    def _router(self, width: int, device: torch.device, dtype: torch.dtype) -> fx.Node:
+    def _router(self, value: Tensor) -> fx.Node:
+        device, dtype = value.device, torch.promote_types(value.dtype, torch.float32)
         generator = torch.Generator().manual_seed(self.seed + 7)
         # Slices weigh equally only under equal scores: a split starts from a router that has no opinion.
         std = 0.0 if self.settings.init == "split" and self.settings.top_k == self.settings.experts else None
-        drawn = torch.randn(self.settings.experts, width, generator=generator, dtype=torch.float32)
+        shape = (self.settings.experts, int(value.shape[-1]))
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
         drawn = drawn * (self.settings.router_std if std is None else std)
         return self._place("router.weight", nn.Parameter(drawn.to(device=device, dtype=dtype)), Origin(None))
 

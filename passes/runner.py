@@ -12,6 +12,7 @@ from torch import Tensor
 from moec.errors import PassError, VerifyError, nearest
 from moec.ir import Certificate, Check, Pass, Program
 from moec.ir.compare import Observation, comparisons, error_of, observe
+from moec.ir.graphs import named_weights
 from moec.ir.shapes import propagate
 from moec.ir.stages import check_stage
 
@@ -55,6 +56,7 @@ class Runner:
         contract = rewrite.contract_for(before)
         after = rewrite.apply(before.fork())
         propagate(after.graph)
+        after.origins = after.origins.of_weights(name for name, _ in named_weights(after.graph))
         certificate = self._certify(rewrite, contract, before, after)
         took = time.perf_counter() - started
         after.certificates = (*before.certificates, replace(certificate, seconds=round(took, 3)))

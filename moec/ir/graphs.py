@@ -32,6 +32,12 @@ def attribute(owner: nn.Module, target: str) -> object:
     return value
 
 
+def named_weights(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under every name it has, tied ones under each."""
+    yield from owner.named_parameters(remove_duplicate=False)
+    yield from owner.named_buffers(remove_duplicate=False)
+
+
 def weight_of(owner: nn.Module, node: fx.Node) -> Tensor | None:
     """The tensor a `get_attr` node reads, or None when the node is something else."""
     if node.op != "get_attr":

@@ -9,10 +9,9 @@ One table is read by loading, saving, going back to dense, and review:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 
@@ -100,6 +99,11 @@ class Origins(Mapping[str, Origin]):
         """This table without `removed`, and with the rows of `added`."""
         kept = {name: origin for name, origin in self._table.items() if name not in removed}
         return Origins({**kept, **added})
+
+    def of_weights(self, names: Iterable[str]) -> Origins:
+        """The rows of weights that exist; what a pass moved or dropped leaves the table."""
+        present = set(names)
+        return Origins({name: origin for name, origin in self._table.items() if name in present})
 
     def renamed(self, names: Mapping[str, str]) -> Origins:
         """The same rows under new structural names (`names`: old → new; others stay)."""

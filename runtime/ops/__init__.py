@@ -8,6 +8,6 @@ token t.
 
 from __future__ import annotations
 
-from moec.runtime.ops import assign, combine, dispatch, grouped_linear, jitter, losses, route
+from moec.runtime.ops import assign, combine, dispatch, grouped_linear, jitter, losses, route, router
 
-__all__ = ["assign", "combine", "dispatch", "grouped_linear", "jitter", "losses", "route"]
+__all__ = ["assign", "combine", "dispatch", "grouped_linear", "jitter", "losses", "route", "router"]

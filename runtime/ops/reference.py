@@ -16,6 +16,12 @@ from torch import Tensor
 from moec.runtime.ops import draws
 
 
+def router(x: Tensor, weight: Tensor) -> Tensor:
+    """Scores [T,E], one dot product at a time, in float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, torch.float32), weight.dtype)
+    return torch.stack([torch.stack([(row * w).sum() for w in weight.to(dtype)]) for row in x.to(dtype)])
+
+
 def route(
     scores: Tensor, bias: Tensor | None, top_k: int, gate: str, noise: str, training: bool
 ) -> tuple[Tensor, Tensor]:

@@ -57,3 +57,9 @@ def test_losses() -> None:
     _, experts, *_ = Case().routed()
     opcheck(ops.balance_loss.default, (leaf(Case().scores()), experts))
     opcheck(ops.z_loss.default, (leaf(Case().scores()),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_router(dtype: torch.dtype) -> None:
+    weight = torch.randn(3, 5, dtype=torch.promote_types(dtype, torch.float32))
+    opcheck(ops.router.default, (leaf(torch.randn(7, 5, dtype=dtype)), leaf(weight)))
