@@ -33,10 +33,10 @@ def compile(
     `model`: tokens i64 [B, S] → logits [B, S, V]; any nn.Module decoder, a Hugging Face causal LM, an
     `fx.GraphModule` or an `ExportedProgram`. It is not changed, and the program owns copies of its weights.
     `plan`: a TOML file, the name of a shipped plan, a `moec.Plan`, a mapping, or None to stay dense.
-    `example_inputs`: where they cannot be inferred. `verify`: "auto" (default: prove contracts where that takes
-    seconds), "full", "off". `disable`: names of passes to leave out. `backend`: "eager" or "inductor".
-    Raises `PlanError`, `CaptureError`, `PassError` or `VerifyError`; each says where, what was found, and what was
-    needed.
+    `example_inputs`: where they cannot be inferred. `verify`: "auto" (default: prove contracts where that
+    takes seconds), "full", "off". `disable`: names of passes to leave out. `backend`: "eager" or "inductor".
+    Raises `PlanError`, `CaptureError`, `PassError` or `VerifyError`; each says where, what was found, and
+    what was needed.
     """
     chosen = Plan.resolve(plan)
     program = capture(model, example_inputs=example_inputs, dtype=DTYPES[chosen.compile.dtype])

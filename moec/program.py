@@ -24,7 +24,8 @@ IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_
 
 
 class Program(ir.Program):
-    """A program that can be run, trained, saved and shown; `moec.compile` makes it, `moec.load` reads it back."""
+    """A program that can be run, trained, saved and shown; `moec.compile` makes it, `moec.load` reads it
+    back."""
 
     backend: str = "eager"
     _compiled: Callable[[Tensor], Any] | None = None
@@ -48,26 +49,37 @@ class Program(ir.Program):
     def loss(self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The training loss: next-token cross-entropy plus the plan's balance and z terms; fp32 scalar.
 
-        `targets` i64 [B, S]: what each position should say; left out, the next token (the last position has none).
-        Positions with target -100, or where `mask` [B, S] is false, do not count.
+        `targets` i64 [B, S]: what each position should say; left out, the next token (the last position has
+        none). Positions with target -100, or where `mask` [B, S] is false, do not count.
         """
         return self.loss_terms(tokens, targets, mask)["loss"]
 
     def loss_terms(
         self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
     ) -> LossTerms:
-        """The loss, taken apart: `loss`, `task`, and for sparse programs `balance`, `z` (weighted) and `counts`."""
+        """The loss, taken apart: `loss`, `task`, and for sparse programs `balance`, `z` (weighted) and
+        `counts`."""
         logits, terms = self.run(tokens)
         task = task_loss(logits, *self._targets(tokens, targets, mask))
         if not terms:
             return {"loss": task, "task": task}
         balance, z = terms["balance"].float(), terms["z"].float()
-        return {"loss": task + balance + z, "task": task, "balance": balance, "z": z, "counts": terms["counts"]}
+        return {
+            "loss": task + balance + z,
+            "task": task,
+            "balance": balance,
+            "z": z,
+            "counts": terms["counts"],
+        }
 
-    def _targets(self, tokens: Tensor, targets: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _targets(
+        self, tokens: Tensor, targets: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if targets is None:
             if tokens.shape[1] < 2:
-                raise DataError("program.loss", "one position and no targets", "two positions at least, or targets")
+                raise DataError(
+                    "program.loss", "one position and no targets", "two positions at least, or targets"
+                )
             targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
         if targets.shape != tokens.shape:
             raise DataError("program.loss", f"targets {list(targets.shape)}", f"targets {list(tokens.shape)}")
@@ -79,7 +91,9 @@ class Program(ir.Program):
         for name, module in regions(self.graph, "moe").items():
             region = region_of(module)
             assert region is not None
-            known = {key: value for key, value in region.settings.items() if key in LayerSettings.model_fields}
+            known = {
+                key: value for key, value in region.settings.items() if key in LayerSettings.model_fields
+            }
             found[name] = LayerSettings(**known)
         return found
 
@@ -128,5 +142,3 @@ def task_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Te
         targets = targets.masked_fill(~mask.bool(), IGNORED)
     wide = logits.float() if logits.dtype != torch.float64 else logits
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-
-

@@ -27,9 +27,10 @@ SAMPLE = (2, 7)
 class Runner:
     """Runs a list of passes on a program.
 
-    `verify`: `auto` proves contracts where that takes seconds, `full` always, `off` never. `disable`: names of passes
-    to leave out. Raises what a pass's `requires` raises, and `VerifyError` when a contract is broken, naming the
-    pass and the tensor.
+    `verify`: `auto` proves contracts where that takes seconds, `full` always, `off` never. `disable`: names
+    of passes
+    to leave out. Raises what a pass's `requires` raises, and `VerifyError` when a contract is broken,
+    naming the pass and the tensor.
     """
 
     verify: str = "auto"
@@ -73,10 +74,14 @@ class Runner:
     def _check_names(self, passes: list[Pass]) -> None:
         names = [rewrite.name for rewrite in passes]
         if self.verify not in VERIFY:
-            raise PassError("verify", f"'{self.verify}'", f"one of {', '.join(VERIFY)}", nearest(self.verify, VERIFY))
+            raise PassError(
+                "verify", f"'{self.verify}'", f"one of {', '.join(VERIFY)}", nearest(self.verify, VERIFY)
+            )
         for name in self.disable:
             if name not in names:
-                raise PassError("disable", f"'{name}'", f"names of passes: {', '.join(names)}", nearest(name, names))
+                raise PassError(
+                    "disable", f"'{name}'", f"names of passes: {', '.join(names)}", nearest(name, names)
+                )
 
     def _certify(self, rewrite: Pass, contract: str, before: Program, after: Program) -> Certificate:
         if not self._proves(before, after):
@@ -98,12 +103,18 @@ class Runner:
     def _proves(self, before: Program, after: Program) -> bool:
         if self.verify == "off" or any(p.is_meta for p in after.parameters()):
             return False
-        return self.verify == "full" or max(before.num_parameters(), after.num_parameters()) <= AUTO_PARAMETERS
+        return (
+            self.verify == "full" or max(before.num_parameters(), after.num_parameters()) <= AUTO_PARAMETERS
+        )
 
     def _why_not(self, program: Program) -> str:
         if any(p.is_meta for p in program.parameters()):
             return "not checked: the weights are on meta"
-        return "not checked: verify='off'" if self.verify == "off" else "not checked: large model; verify='full' checks"
+        return (
+            "not checked: verify='off'"
+            if self.verify == "off"
+            else "not checked: large model; verify='full' checks"
+        )
 
 
 def _tokens(program: Program) -> Tensor:

@@ -51,6 +51,10 @@ class Certificate:
         return Certificate(**{**data, "checks": tuple(Check(**c) for c in data["checks"])})
 
     def __str__(self) -> str:
-        worst = max(self.checks, key=lambda c: c.error / c.tolerance if c.tolerance else c.error, default=None)
+        worst = max(
+            self.checks, key=lambda c: c.error / c.tolerance if c.tolerance else c.error, default=None
+        )
         seen = f"{worst.error:.1e} ≤ {worst.tolerance:.0e} ({worst.dtype}, {worst.what})" if worst else ""
-        return "  ".join(p for p in (f"{self.rewrite:<24} {self.contract:<13} {self.verdict:<8}", seen, self.note) if p)
+        return "  ".join(
+            p for p in (f"{self.rewrite:<24} {self.contract:<13} {self.verdict:<8}", seen, self.note) if p
+        )

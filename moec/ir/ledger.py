@@ -1,7 +1,7 @@
 """Every parameterised matrix product of the model, and what became of it.
 
-Each row says *rewritten*, *kept* or *refused*, by which pass, and why. Nothing with weights is missing, so the
-ledger is the place to look when a layer was expected to change and did not.
+Each row says *rewritten*, *kept* or *refused*, by which pass, and why. Nothing with weights is missing, so
+the ledger is the place to look when a layer was expected to change and did not.
 """
 
 from __future__ import annotations
@@ -73,5 +73,7 @@ class Ledger:
         rows = [("weight", "shape", "role", "status", "why")]
         rows += [(e.weight, "×".join(map(str, e.shape)), e.role, e.status, e.reason) for e in self.entries]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows
+        ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

@@ -30,8 +30,8 @@ class Source:
     """What is known of the model a program was captured from.
 
     `vocabulary`: size of the last dim of the logits. `max_positions`: longest sequence, None when unbounded.
-    `aliases`: tied parameters, other name → the name kept. `unused`: state of the model that its forward never
-    reads, kept so that a dense state dict is complete. `notes`: remarks of the capture.
+    `aliases`: tied parameters, other name → the name kept. `unused`: state of the model that its forward
+    never reads, kept so that a dense state dict is complete. `notes`: remarks of the capture.
     """
 
     name: str
@@ -46,9 +46,10 @@ class Source:
 class Program(nn.Module):
     """A decoder as a readable graph: `program(tokens [B, S] i64) → logits [B, S, V]`.
 
-    Holds `graph` (its only child), `stage`, `source`, `plan`, `origins`, `ledger`, `certificates` and `stages`,
-    a snapshot of the graph after every pass. Snapshots share all weights with the program. Parameters keep the
-    user's names wherever they are untouched (`named_parameters`, `state_dict`). `texts` holds the text of
+    Holds `graph` (its only child), `stage`, `source`, `plan`, `origins`, `ledger`, `certificates` and
+    `stages`,
+    a snapshot of the graph after every pass. Snapshots share all weights with the program. Parameters keep
+    the user's names wherever they are untouched (`named_parameters`, `state_dict`). `texts` holds the text of
     stages that are not there as graphs: those of a program that was loaded.
     """
 
@@ -112,7 +113,9 @@ class Program(nn.Module):
             raise DataError("program(tokens)", found, "integers [B, S], with B and S at least 1")
         limit = self.source.max_positions
         if limit is not None and tokens.shape[1] > limit:
-            raise DataError("program(tokens)", f"{tokens.shape[1]} positions", f"at most {limit}, the model's limit")
+            raise DataError(
+                "program(tokens)", f"{tokens.shape[1]} positions", f"at most {limit}, the model's limit"
+            )
 
     # weights, under the user's names
 
@@ -130,7 +133,9 @@ class Program(nn.Module):
         for name, value in super().named_buffers("", recurse, remove_duplicate):
             yield _join(prefix, self._public(name)), value
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
         """Like `nn.Module.state_dict`, with the user's names; a tied tensor appears once."""
         named = super().state_dict(*args, prefix="", keep_vars=keep_vars)
         destination = {} if destination is None else destination
@@ -188,7 +193,8 @@ class Program(nn.Module):
 
     @property
     def stages(self) -> dict[str, fx.GraphModule]:
-        """Pass or stage name → a runnable GraphModule, tokens → logits (from `collect_terms` on: with terms)."""
+        """Pass or stage name → a runnable GraphModule, tokens → logits (from `collect_terms` on: with
+        terms)."""
         return dict(self._snapshots)
 
     def text(self, stage: str | None = None) -> str:

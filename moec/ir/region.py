@@ -18,9 +18,10 @@ KINDS = ("positions", "attention", "ffn", "branch", "moe", "mix")
 class Region:
     """One region: its `kind`, its layer `index`, and where the user wrote it.
 
-    `path` is the user's module path (`transformer.h.3.mlp`), `source` is `file.py:line`; both may be empty when
-    the model was captured without them. `roles` maps a role (`up`, `gate`, `down`, …) to the dotted name of the
-    weight inside the region; `settings` holds what the plan chose for it (experts, top_k, …).
+    `path` is the user's module path (`transformer.h.3.mlp`), `source` is `file.py:line`; both may be empty
+    when
+    the model was captured without them. `roles` maps a role (`up`, `gate`, `down`, …) to the dotted name of
+    the weight inside the region; `settings` holds what the plan chose for it (experts, top_k, …).
     """
 
     kind: str

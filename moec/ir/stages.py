@@ -1,6 +1,6 @@
 """What may stand in a graph at each stage; checked whenever a pass completes one.
 
-    captured → canonical → structured → sparse → placed → partitioned (→ fused, → cached)
+captured → canonical → structured → sparse → placed → partitioned (→ fused, → cached)
 """
 
 from __future__ import annotations
@@ -21,16 +21,37 @@ STAGES = ("captured", "canonical", "structured", "sparse", "placed", "partitione
 aten = torch.ops.aten
 # Spellings that `canonical` has replaced by one of their own.
 REPLACED = {
-    aten.addmm.default: "linear", aten.view.default: "reshape, flatten or unflatten", aten.numpy_T.default: "t",
-    aten.contiguous.default: "nothing", aten.alias.default: "nothing", aten.type_as.default: "to",
+    aten.addmm.default: "linear", aten.view.default: "reshape, flatten or unflatten", aten.numpy_T.default:
+    "t", aten.contiguous.default: "nothing", aten.alias.default: "nothing", aten.type_as.default: "to",
 }  # fmt: skip
-SIZES = {getattr(operator, n) for n in "add sub mul floordiv mod neg getitem truediv pow lt le gt ge eq ne".split()}
+SIZES = {
+    getattr(operator, n)
+    for n in [
+        "add",
+        "sub",
+        "mul",
+        "floordiv",
+        "mod",
+        "neg",
+        "getitem",
+        "truediv",
+        "pow",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "eq",
+        "ne",
+    ]
+}
 
 
 def check_stage(root: fx.GraphModule, stage: str) -> None:
     """Raise `VerifyError`, naming the node, when something stands in `root` that `stage` does not allow."""
     if stage not in STAGES:
-        raise VerifyError(f"stage '{stage}'", "no such stage", f"one of {', '.join(STAGES)}", nearest(stage, STAGES))
+        raise VerifyError(
+            f"stage '{stage}'", "no such stage", f"one of {', '.join(STAGES)}", nearest(stage, STAGES)
+        )
     for rule in RULES.get(stage, ()):
         for name, module in graph_modules(root):
             for node in module.graph.nodes:
@@ -41,7 +62,11 @@ def check_stage(root: fx.GraphModule, stage: str) -> None:
 
 
 def _known_calls(module: fx.GraphModule, node: fx.Node) -> str:
-    if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and node.target not in SIZES:
+    if (
+        node.op == "call_function"
+        and not isinstance(node.target, torch._ops.OpOverload)
+        and node.target not in SIZES
+    ):
         return "operators of torch.ops, or arithmetic on sizes"
     return "no call_method" if node.op == "call_method" else ""
 
@@ -62,7 +87,11 @@ def _one_spelling(module: fx.GraphModule, node: fx.Node) -> str:
 def _calls_regions(module: fx.GraphModule, node: fx.Node) -> str:
     if node.op != "call_module":
         return ""
-    return "" if region_of(module.get_submodule(str(node.target))) is not None else "sub-modules that are regions"
+    return (
+        ""
+        if region_of(module.get_submodule(str(node.target))) is not None
+        else "sub-modules that are regions"
+    )
 
 
 Rule = Callable[[fx.GraphModule, fx.Node], str]

@@ -2,8 +2,10 @@
 
     router(x [T,D], weight [E,D]) -> scores [T,E]
 
-x is widened, the product is taken and the scores are returned in float32 (float64 for float64 x or weight), under
-autocast too: rounding scores to bfloat16 moves tokens between experts. No bias (DeepSpeed-MoE's gate has none).
+x is widened, the product is taken and the scores are returned in float32 (float64 for float64 x or weight),
+under
+autocast too: rounding scores to bfloat16 moves tokens between experts. No bias (DeepSpeed-MoE's gate has
+none).
 """
 
 from __future__ import annotations
@@ -61,5 +63,9 @@ def _backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
 
 
 define("router(Tensor x, Tensor weight) -> Tensor", _router, _fake)
-define("router_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)", _router_backward, _fake_backward)
+define(
+    "router_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+    _router_backward,
+    _fake_backward,
+)
 differentiate("router", _setup, _backward)

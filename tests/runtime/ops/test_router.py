@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import moec.runtime.ops  # noqa: F401
+import moec.runtime.ops
 from moec.runtime.ops import reference
 from moec.testing import assert_same_function, error_of, tolerance_of
 
@@ -29,7 +29,9 @@ def test_scores_are_float32_under_autocast(dtype: torch.dtype) -> None:
         scores.square().sum().backward()
     assert scores.dtype == torch.float32
     assert error_of(scores, needed) <= tolerance_of(torch.float32)
-    assert x.grad is not None and x.grad.dtype == dtype and weight.grad is not None
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
 
 
