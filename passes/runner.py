@@ -40,7 +40,7 @@ class Runner:
     def run(self, program: Program, passes: Iterable[Pass]) -> Program:
         """The program after all passes, with a snapshot and a certificate for each."""
         passes = list(passes)
-        self._check_names(passes)
+        self.require_names(passes)
         self._seen = None
         for rewrite in passes:
             if rewrite.name in self.disable:
@@ -71,7 +71,8 @@ class Runner:
             program.with_snapshot(rewrite.makes)
         return program
 
-    def _check_names(self, passes: list[Pass]) -> None:
+    def require_names(self, passes: Iterable[Pass]) -> None:
+        """Raise `PassError`, with the nearest name, when `disable` or `verify` names what there is not."""
         names = [rewrite.name for rewrite in passes]
         if self.verify not in VERIFY:
             raise PassError(
@@ -88,8 +89,8 @@ class Runner:
             self._seen = None
             return Certificate(rewrite.name, contract, "stated", note=self._why_not(before))
         checks = list(rewrite.ensures(before, after))
-        needed = self._seen or observe(before.graph, before.origins, _tokens(before))
-        found = observe(after.graph, after.origins, _tokens(after))
+        needed = self._seen or observe(before.graph, before.origins, proof_tokens(before))
+        found = observe(after.graph, after.origins, proof_tokens(after))
         self._seen = found
         note = ""
         if contract == "exact":
@@ -117,8 +118,8 @@ class Runner:
         )
 
 
-def _tokens(program: Program) -> Tensor:
-    """A small fixed batch: random tokens of the vocabulary."""
+def proof_tokens(program: Program) -> Tensor:
+    """The small fixed batch that contracts are proved on: random tokens of the vocabulary, i64 [2, ≤ 7]."""
     batch, length = SAMPLE
     limit = program.source.max_positions
     length = min(length, limit) if limit is not None else length
