@@ -17,14 +17,13 @@ import json
 import shutil
 import tempfile
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, fx
 
-import moec
-import moec.runtime.ops
 from moec.errors import ArtifactError
 from moec.ir.certificate import Certificate
 from moec.ir.origins import Origin, Origins
@@ -119,7 +118,7 @@ def _write(program: Program, folder: Path, largest_file: int) -> None:
     weight_files = None if tensors is None else write_tensors(folder, tensors, largest_file)
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     manifest = Manifest(
-        moec=moec.__version__, torch=torch.__version__, stage=program.stage, training=program.training,
+        moec=_version(), torch=torch.__version__, stage=program.stage, training=program.training,
         fingerprint=fingerprint(program), source=source_record(program.source), plan=_plan_text(program),
         weights=weights, weight_files=weight_files,
         origins={name: asdict(origin) for name, origin in program.origins.items()},
@@ -142,6 +141,14 @@ def _tensors(program: Program, weights: list[WeightRecord]) -> dict[str, Tensor]
     if hollow is not None:
         raise ArtifactError("save", f"{hollow} is on meta, the parameters are not", "values for every tensor")
     return tensors
+
+
+def _version() -> str:
+    """The version of moec that is installed: a remark in the manifest, which nothing depends on."""
+    try:
+        return version("moec")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _write_stages(program: Program, folder: Path) -> dict[str, str]:

@@ -296,7 +296,7 @@ class Expressions:
 
     def _item(self, at: ast.Subscript, base: Any, name: str | None) -> fx.Node:
         index = self.value(at.slice)
-        if type(index) is not int or not isinstance(base, fx.Node):
+        if type(index) is not int:
             raise self.refuse(at, _shown(at), "a number in the brackets")
         return self.create(at, operator.getitem, [base, index], {}, name)
 

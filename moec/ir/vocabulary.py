@@ -18,7 +18,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from moec.errors import nearest
 
-from .overloads import kind_of, resolve
+from .overloads import candidates, kind_of, resolve
 
 CONSTANTS: dict[str, Any] = {
     str(value).removeprefix("torch."): value
@@ -121,11 +121,9 @@ def refusal(overload: OpOverload) -> str:
         return f"{word_of(overload)}, which changes its argument in place"
     if overload.namespace in NAMESPACES:
         return ""
-    known = overload.namespace == "aten" and (
-        overload._opname in WORDS
-        or torch.Tag.pointwise in overload.tags
-        or torch.Tag.view_copy in overload.tags
-    )
+    kin = candidates(overload.overloadpacket)  # torch tags some overloads of an operator and forgets others
+    known = overload._opname in WORDS or any(torch.Tag.pointwise in one.tags for one in kin)
+    known = known and overload.namespace == "aten"
     return "" if known else f"{word_of(overload)}, which is not in the vocabulary"
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import fx
 from torch._ops import OpOverload
 
+import moec
 from moec.capture.capture import capture
 from moec.ir import vocabulary
 from moec.ir.bind import bind
@@ -20,6 +21,7 @@ from moec.ir.overloads import candidates, normal_call
 from moec.ir.parse import ParsedProgram, parse_program
 from moec.ir.shapes import propagate
 from moec.ir.text import program_text
+from moec.runtime.weights import weights_of
 from moec.testing import NAMED, DecoderRecipe, decoders
 from tests.ir.hand_made import model
 
@@ -194,8 +196,7 @@ def assert_round_trip(before: fx.GraphModule, text: str) -> fx.GraphModule:
     """The text parses to the same program, and text, original and rebuilt program give the same bits."""
     parsed = parse_program(text, trusted=True)  # captured programs may still write in place
     assert_same_program(before, parsed)
-    weights = dict([*before.named_parameters(), *before.named_buffers()])
-    after = parsed.assemble(weights)
+    after = parsed.assemble(weights_of(before))
     propagate(after)
     defined: dict[str, Any] = {}
     exec(text, defined)
@@ -234,3 +235,19 @@ def test_named_decoders_round_trip(family: str) -> None:
 def test_random_decoders_round_trip(recipe: DecoderRecipe) -> None:
     program = capture(recipe.build(0))
     assert_round_trip(program.graph, program.text())
+
+
+def test_an_item_of_a_list_written_out() -> None:
+    graph = fx.Graph()
+    tokens = graph.placeholder("tokens")
+    pair = [graph.call_function(torch.ops.aten.detach.default, (tokens,)) for _ in range(2)]
+    graph.output(graph.call_function(operator.getitem, (pair, 1), name="second"))
+    before = fx.GraphModule(torch.nn.Module(), graph)
+    assert "second = [detach_default, detach_default_1][1]" in program_text(before)
+    assert_same_program(before, parse_program(program_text(before)))
+
+
+def test_every_stage_of_a_compiled_program_round_trips() -> None:
+    program = moec.compile(NAMED["llama_like"].build(0), "residual_moe", verify="off")
+    for stage, graph in program.stages.items():
+        assert_round_trip(graph, program.text(stage))
