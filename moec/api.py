@@ -59,4 +59,4 @@ def load(directory: str | Path, *, trust: bool = False) -> Program:
     """
     from moec.runtime.artifact import load_program
 
-    return Program.of(load_program(directory, trust=trust))
+    return load_program(directory, trust=trust, kind=Program)

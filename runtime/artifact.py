@@ -32,7 +32,7 @@ from moec.ir.program import Program
 from moec.ir.retarget import on_device
 from moec.ir.shapes import propagate
 from moec.ir.text import program_text
-from moec.plan import Plan
+from moec.plan import Plan, Train
 
 from .manifest import (
     NAME,
@@ -62,10 +62,14 @@ P = TypeVar("P", bound=Program)
 
 
 def fingerprint(program: Program) -> str:
-    """A hash of what a program *is*: its text, where its weights come from, its plan; not their values."""
+    """A hash of what a program *is*: its text, where its weights come from, and the plan that shaped it.
+
+    Neither weights nor how it is trained take part: a run may be resumed with more steps.
+    """
     origins = {name: asdict(origin) for name, origin in program.origins.items()}
-    parts = [program_text(program.graph), json.dumps(origins, sort_keys=True), _plan_text(program) or ""]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    shaped = program.plan.model_copy(update={"train": Train()}) if isinstance(program.plan, Plan) else None
+    parts = [program_text(program.graph), json.dumps(origins, sort_keys=True)]
+    return hashlib.sha256("\0".join([*parts, shaped.to_toml() if shaped else ""]).encode()).hexdigest()
 
 
 def save_program(program: Program, directory: str | Path, *, largest_file: int = LARGEST_FILE) -> Path:
