@@ -34,6 +34,10 @@ class PlanError(MoecError):
     """The plan is not valid, or does not fit the model."""
 
 
+class ModelError(MoecError):
+    """The model that a command line names is not there, or cannot be built."""
+
+
 class CaptureError(MoecError):
     """The model cannot be turned into a graph over `tokens [B, S]`."""
 

@@ -21,7 +21,8 @@ BELOW = {
     "passes": LANGUAGE | {"runtime.ops"},
     "runtime": LANGUAGE | {"runtime.ops"},
 }
-ROOF = {"view", "program", "api", "cli", "__main__", "__init__"}
+ROOF = {"view", "program", "api", "cli", "commands", "__main__", "__init__"}
+ROOF |= {"models", "pretrained", "explain", "bisect", "difference", "values", "reproduction"}
 
 
 def room_of(module: str) -> str:

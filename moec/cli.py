@@ -1,0 +1,339 @@
+"""The command line: `moec compile | show | diff | explain | train | sample | bisect | plans`.
+
+Here stand the words: names, options, help. What a command does is in `moec.commands`, imported when it runs,
+so that `moec --help` is quick. A user's mistake ends in four lines (where, found, needed, nearest) and status
+2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moec.errors import MoecError, nearest
+
+INTERRUPTED = 130
+
+MODEL_HELP = (
+    "file.py:factory (arguments after a question mark: gpt.py:small?layers=2), hf:config.json or hf:folder, "
+    "or the folder of a saved program."
+)
+EPILOG = (
+    "A model is a function that returns an nn.Module: examples/gpt.py:small. A plan is a TOML file, or the "
+    "name of a shipped one: moec plans. Begin with: moec show examples/gpt.py:small --plan pr_moe"
+)
+
+
+class Commands(TyperGroup):
+    """The group of all commands: prints errors as four lines, in place of tracebacks and usage screens."""
+
+    def main(self, args: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
+        """Run, and leave with the right status; returns only when `standalone_mode` is off."""
+        try:
+            status = super().main(args, standalone_mode=False, **extra)
+        except MoecError as error:
+            status = self._refuse(error)
+        except typer.Abort:
+            status = INTERRUPTED
+        except BrokenPipeError:
+            # What reads us has seen enough (`| head`). Python flushes once more on its way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 1
+        except OSError as error:
+            status = self._refuse(_of_system(error))
+        except Exception as error:
+            if not hasattr(error, "format_message"):
+                raise
+            status = self._refuse(_of_usage(error, self))
+        if not standalone_mode:
+            return status
+        sys.exit(status if isinstance(status, int) else 0)
+
+    def _refuse(self, error: MoecError) -> int:
+        from moec.commands.screen import show_error
+
+        show_error(error)
+        return 2
+
+
+def _of_system(error: OSError) -> MoecError:
+    """A file that cannot be read or written."""
+    where = str(error.filename or "file")
+    return MoecError(where, (error.strerror or str(error)).lower(), "a place that can be read and written")
+
+
+def _of_usage(error: Any, group: TyperGroup) -> MoecError:
+    """A word of the command line that is not understood."""
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "moec"
+    help_ = f"see {where} --help"
+    message = error.format_message().rstrip(".")
+    name = getattr(error, "option_name", None)
+    if name is not None and context is not None:
+        known = [
+            word for parameter in context.command.params for word in parameter.opts if word.startswith("--")
+        ]
+        if name not in known:
+            return MoecError(where, f"no option '{name}'", f"one of {', '.join(known)}", nearest(name, known))
+    words = message.partition("No such command ")[2].split("'")
+    if len(words) > 1:
+        names = list(group.commands)
+        return MoecError(
+            where, f"no command '{words[1]}'", f"one of {', '.join(names)}", nearest(words[1], names)
+        )
+    return MoecError(where, message[:1].lower() + message[1:], help_)
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Turn an ordinary dense GPT into a sparse one, and see every step.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Saved = Annotated[str, typer.Argument(metavar="MODEL|DIR", help=MODEL_HELP)]
+PlanName = Annotated[
+    str | None,
+    typer.Option("--plan", "-p", help="A TOML file, or a shipped plan (moec plans); left out: dense."),
+]
+Meta = Annotated[
+    bool, typer.Option("--meta", help="Build the model without memory: shapes and counts, no values.")
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Accept a saved program that was edited by hand.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Disable = Annotated[
+    list[str] | None, typer.Option("--disable", metavar="PASS", help="Leave a pass out; may be repeated.")
+]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json; left out: bytes.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from moec import __version__
+
+        print(f"moec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("compile")
+def compile_(
+    model: Model,
+    plan: PlanName = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="DIR", help="Save the program in this folder.")
+    ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            "--verify", help="Prove each pass in fp64: full, off, or auto (where it takes seconds)."
+        ),
+    ] = None,
+    disable: Disable = None,
+    meta: Meta = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model by a plan, prove each pass, and save the program.
+
+    moec compile examples/gpt.py:small --plan pr_moe --out small-moe
+    """
+    from moec.commands.compile import run
+
+    run(model, plan, out, verify, disable or (), meta, as_json)
+
+
+@app.command()
+def show(
+    model: Saved,
+    plan: PlanName = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", "-s", help="After this pass, or at this stage: captured, structured, …"),
+    ] = None,
+    ledger: Annotated[bool, typer.Option("--ledger", help="Every matrix product and its fate.")] = False,
+    origins: Annotated[bool, typer.Option("--origins", help="Where every parameter came from.")] = False,
+    certificates: Annotated[
+        bool, typer.Option("--certificates", help="What was proved of every pass.")
+    ] = False,
+    meta: Meta = False,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Print a program as Python that runs; or its ledger, its origins, its certificates.
+
+    moec show examples/gpt.py:small --plan moe --stage structured
+    """
+    from moec.commands.read import show_program
+
+    show_program(
+        model, plan, stage=stage, ledger=ledger, origins=origins, certificates=certificates,
+        meta=meta, trust=trust, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def diff(
+    model: Saved,
+    before: Annotated[
+        str, typer.Argument(metavar="A", help="A stage or a pass: structured, lift_experts, …")
+    ],
+    after: Annotated[
+        str | None, typer.Argument(metavar="B", help="Another one; left out: the program as it is.")
+    ] = None,
+    plan: PlanName = None,
+    meta: Meta = False,
+    trust: Trust = False,
+) -> None:
+    """Print what changed between two stages, alike changes once.
+
+    moec diff examples/gpt.py:small structured sparse --plan pr_moe
+    """
+    from moec.commands.read import diff_program
+
+    diff_program(model, before, after, plan, meta, trust)
+
+
+@app.command()
+def explain(
+    model: Saved,
+    about: Annotated[
+        str,
+        typer.Argument(
+            metavar="[PART]", help="A layer's number, a region (moe_3), a weight, a module, a glob."
+        ),
+    ] = "",
+    plan: PlanName = None,
+    meta: Meta = False,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Say for each matrix product what was done, and why not otherwise.
+
+    moec explain examples/gpt.py:small moe_1 --plan pr_moe
+    """
+    from moec.commands.read import explain_program
+
+    explain_program(model, about, plan, meta=meta, trust=trust, as_json=as_json)
+
+
+@app.command()
+def train(
+    model: Saved,
+    plan: PlanName = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="PATH",
+            help="Text file, folder or glob; repeatable. Left out: Python's library.",
+        ),
+    ] = None,
+    tokenizer: Tokenizer = None,
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="RUN", help="Checkpoints, records and the program.")
+    ] = "run",
+    steps: Annotated[int | None, typer.Option(help="Steps; warm-up is chosen anew for them.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in a step.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate; the lowest is a tenth of it.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of batches, dropout and routing noise.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in RUN.")
+    ] = False,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Train a program on text; Ctrl-C saves, --resume goes on bit for bit.
+
+    The plan's [train] table says how; options given here come before it. The trained program is saved in
+    RUN/program.
+
+    moec train examples/gpt.py:small --plan pr_moe --data corpus/ --steps 500 --out run
+    """
+    from moec.commands.learn import Run
+    from moec.commands.learn import train as train_
+
+    given = {"steps": steps, "batch": batch, "sequence": sequence, "lr": lr, "seed": seed}
+    changed = {key: value for key, value in given.items() if value is not None}
+    run = Run(model, plan, data or (), tokenizer, out, resume, changed, trust, as_json)
+    raise typer.Exit(train_(run))
+
+
+@app.command()
+def sample(
+    model: Saved,
+    prompt: Annotated[str, typer.Option("--prompt", help="How the text begins.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=0, help="Tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    tokenizer: Tokenizer = None,
+    trust: Trust = False,
+) -> None:
+    """Let a program go on from a prompt.
+
+    moec sample run/program --prompt "def "
+    """
+    from moec.commands.learn import write
+
+    write(model, prompt, tokens, temperature, seed, tokenizer, trust)
+
+
+@app.command()
+def bisect(
+    model: Model,
+    plan: PlanName = None,
+    disable: Disable = None,
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="DIR", help="Where the script is written.")
+    ] = ".",
+    as_json: Json = False,
+) -> None:
+    """Name the first pass that breaks its contract, and where; write a script that shows it.
+
+    Leaves with status 1 when a pass is broken.
+
+    moec bisect examples/gpt.py:small --plan pr_moe
+    """
+    from moec.commands.find import run
+
+    raise typer.Exit(run(model, plan, disable or (), out, as_json))
+
+
+@app.command()
+def plans(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the plans that come with moec, or print one to start from.
+
+    moec plans pr_moe > my_plan.toml
+    """
+    from moec.commands.read import show_plans
+
+    show_plans(name, as_json)
+
+
+def main() -> None:
+    """The console script `moec`."""
+    app(prog_name="moec")

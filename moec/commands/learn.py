@@ -1,0 +1,132 @@
+"""`moec train` and `moec sample`: a program learns a text, and writes some."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from moec.commands.programs import program_of, shown_path
+from moec.commands.screen import show, show_json, show_next
+from moec.errors import DataError, TrainError
+from moec.models import is_saved_program
+from moec.plan import Plan, Train
+from moec.program import Program
+from moec.runtime.checkpoint import latest_checkpoint
+from moec.runtime.data import load_text
+from moec.runtime.sample import sample
+from moec.runtime.train import Trainer, TrainResult
+from moec.runtime.vocabulary import Vocabulary, open_vocabulary
+
+# Settings whose default is computed from another one: when that one is given anew, so is the default.
+FOLLOWS = {"steps": "warmup", "lr": "min_lr"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `moec train` is asked for; `changed` are the settings given on the command line."""
+
+    model: str
+    plan: str | None
+    data: Sequence[str]
+    tokenizer: str | None
+    out: str
+    resume: bool
+    changed: Mapping[str, Any]
+    trust: bool
+    as_json: bool
+
+
+def train(run: Run) -> int:
+    """Train, save the trained program in `out/program`, name the next commands; gives the exit status."""
+    _require_right_folder(run)
+    settings = training_settings(Plan.resolve(run.plan).train, run.changed)  # mistakes here need no capture
+    program = program_of(run.model, run.plan, trust=run.trust)
+    if is_saved_program(run.model) and program.plan is not None:
+        settings = training_settings(program.plan.train, run.changed)
+    data = load_text(*run.data, sequence=settings.sequence, vocabulary=run.tokenizer or "bytes")
+    console = Console(stderr=run.as_json)
+    trainer = Trainer(program, settings, data, run.out, plan=program.plan, console=console)
+    result = trainer.run(resume=run.resume)
+    if result.interrupted:
+        show_next({"go on where it stopped": _again(run)})
+        return 130
+    saved = shown_path(program.eval().save(Path(run.out) / "program"))
+    _report(run, result, saved)
+    return 0
+
+
+def training_settings(given: Train, changed: Mapping[str, Any]) -> Train:
+    """`given` with `changed` laid over it; raises `PlanError` when the outcome does not hold together."""
+    values = {key: getattr(given, key) for key in given.model_fields_set}
+    for key, follower in FOLLOWS.items():
+        if key in changed:
+            values.pop(follower, None)
+    return Train(**{**values, **changed})
+
+
+def _require_right_folder(run: Run) -> None:
+    latest = latest_checkpoint(Path(run.out))
+    if latest is not None and not run.resume:
+        raise TrainError(
+            run.out, f"a run that came to {latest.name}", "another --out, or --resume to go on with it"
+        )
+    if latest is None and run.resume:
+        raise TrainError(run.out, "no checkpoint", "the --out of an earlier run, or no --resume")
+
+
+def _again(run: Run) -> list[str]:
+    plan = ["--plan", run.plan] if run.plan else []
+    data = [word for path in run.data for word in ("--data", path)]
+    tokenizer = ["--tokenizer", run.tokenizer] if run.tokenizer else []
+    changed = [word for key, value in run.changed.items() for word in (f"--{key}", str(value))]
+    return ["moec", "train", run.model, *plan, *data, *tokenizer, *changed, "--out", run.out, "--resume"]
+
+
+def _report(run: Run, result: TrainResult, saved: str) -> None:
+    final = result.final
+    facts = {
+        "steps": result.step, "held_out_loss": final.loss if final else None, "program": saved,
+        "tokens_per_second": round(result.tokens_per_second), "checkpoint": str(result.checkpoint),
+    }  # fmt: skip
+    if run.as_json:
+        show_json(facts)
+        return
+    show(f"{result.step} steps, {result.tokens_per_second:,.0f} tokens/s; saved in {saved}")
+    tokenizer = ["--tokenizer", run.tokenizer] if run.tokenizer else []
+    show_next(
+        {
+            "let it write": ["moec", "sample", saved, "--prompt", "The", *tokenizer],
+            "read what was trained": ["moec", "show", saved],
+            "what each part became": ["moec", "explain", saved],
+            "the curves": ["tensorboard", "--logdir", run.out],
+        }
+    )
+
+
+def write(
+    name: str, prompt: str, tokens: int, temperature: float, seed: int, tokenizer: str | None, trust: bool
+) -> None:
+    """`moec sample`: print `prompt` and `tokens` tokens more."""
+    program = program_of(name, trust=trust)
+    words = open_vocabulary(tokenizer or "bytes")
+    _require_known(program, words, prompt)
+    window = program.source.max_positions
+    text = sample(
+        program, prompt, tokens, temperature=temperature, seed=seed, window=window, vocabulary=words
+    )
+    sys.stdout.write(text.decode("utf-8", errors="replace").rstrip("\n") + "\n")
+
+
+def _require_known(program: Program, words: Vocabulary, prompt: str) -> None:
+    """Tokens of the prompt that the model has no embedding for are an error of the tokenizer, told here."""
+    tokens = torch.as_tensor(words.encode(prompt.encode(), "--prompt").tolist())
+    size = program.source.vocabulary
+    if len(tokens) and int(tokens.max()) >= size:
+        found = f"token {int(tokens.max())} of '{words.name}', and a model of {size} tokens"
+        raise DataError("--prompt", found, "the --tokenizer that the model was trained with")

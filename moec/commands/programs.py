@@ -1,0 +1,49 @@
+"""The program that a command is about: compiled now, or saved before."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import moec
+from moec.errors import PlanError
+from moec.models import is_saved_program, open_model
+from moec.plan import Plan
+from moec.program import Program
+
+
+def compiled(
+    model: str,
+    plan: str | None,
+    *,
+    verify: str | None = None,
+    disable: Collection[str] = (),
+    meta: bool = False,
+) -> Program:
+    """Compile the model called `model` by `plan`, which is read first: its typos cost no capture."""
+    chosen = Plan.resolve(plan)
+    return moec.compile(open_model(model, meta=meta), chosen, verify=verify, disable=disable)
+
+
+def program_of(
+    name: str,
+    plan: str | None = None,
+    *,
+    verify: str | None = None,
+    meta: bool = False,
+    trust: bool = False,
+) -> Program:
+    """The saved program in the folder `name`, or the model `name` compiled by `plan`."""
+    if not is_saved_program(name):
+        return compiled(name, plan, verify=verify, meta=meta)
+    if plan is not None:
+        raise PlanError(
+            "--plan", f"a plan for {name}, which is a saved program", "a model, or no plan: it has one"
+        )
+    return moec.load(name, trust=trust)
+
+
+def shown_path(path: str | Path) -> str:
+    """A path as a user would type it: relative when it is below the current folder."""
+    full, here = Path(path).resolve(), Path.cwd()
+    return str(full.relative_to(here)) if full.is_relative_to(here) else str(path)
