@@ -31,7 +31,13 @@ COPIES = {aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.defa
 ANY_CAST = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten._to_copy.default,
 }  # fmt: skip
-SHAPED = {aten.view.default, aten.reshape.default, aten.expand.default, aten.view_as.default, aten.expand_as.default}
+SHAPED = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.view_as.default,
+    aten.expand_as.default,
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class DropNoops(Pass):
         for node in [n for n in graph.nodes if n.target in ASSERTIONS or is_guard(n)]:
             graph.erase_node(node)
         for_each(graph, _relax_view)
+        for_each(graph, _drop_idle_arguments)
         for_each(graph, lambda node: _drop(node, learned))
         drop_unused(program.graph)
         return program
@@ -55,6 +62,15 @@ def _relax_view(node: fx.Node) -> None:
         node.target = aten.reshape.default
 
 
+def _drop_idle_arguments(node: fx.Node) -> None:
+    """Arguments that say nothing about the result: memory pinning, cuDNN switches, plain strides."""
+    idle = {"pin_memory": (False, None), "layout": (torch.strided, None), "cudnn_enable": (True, False)}
+    kept = {name: value for name, value in node.kwargs.items() if value not in idle.get(name, ())}
+    node.kwargs = kept
+    if node.target is aten.layer_norm.default:
+        node.args = node.args[:5]
+
+
 def is_guard(node: fx.Node) -> bool:
     """A `_guards_fn` call that torch.export leaves behind."""
     return node.op == "call_module" and not node.users
@@ -63,9 +79,9 @@ def is_guard(node: fx.Node) -> bool:
 def _drop(node: fx.Node, learned: set[fx.Node]) -> None:
     if node.target is operator.getitem and isinstance(node.args[0], (list, tuple)):
         replace(node, node.args[0][node.args[1]])  # type: ignore[index,arg-type]
-    elif node.target is aten.detach.default and node.args[0] not in learned:
-        replace(node, node.args[0])  # type: ignore[arg-type]
-    elif any(noop(node) for noop in NOOPS):
+    elif (node.target is aten.detach.default and node.args[0] not in learned) or any(
+        noop(node) for noop in NOOPS
+    ):
         replace(node, node.args[0])  # type: ignore[arg-type]
     elif node.target in ANY_CAST and node.target is not aten.to.dtype:
         _plain_cast(node)
@@ -84,7 +100,12 @@ def _is_cast_to_itself(node: fx.Node) -> bool:
 
 def _is_same_shape(node: fx.Node) -> bool:
     before, after = tensor(node.args[0]), tensor(node)
-    return node.target in SHAPED and before is not None and after is not None and same_shape(before.shape, after.shape)
+    return (
+        node.target in SHAPED
+        and before is not None
+        and after is not None
+        and same_shape(before.shape, after.shape)
+    )
 
 
 def _is_full_slice(node: fx.Node) -> bool:
@@ -135,6 +156,3 @@ def _reads_parameters(root: fx.GraphModule) -> set[fx.Node]:
         if (weight is not None and weight.requires_grad) or any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
-
-
-

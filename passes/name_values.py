@@ -4,7 +4,8 @@ before:  layer_norm_6 = layer_norm(add_11, …);  add_12 = add_11 + dropout_7
 after:   n_3 = layer_norm(x_3, …);              x_4 = x_3 + d_3
 
 `x` the residual stream, `n` a normalised value, `a` what attention returns, `y` what a feed-forward returns,
-`logits` the result. A second one of its kind in a layer gets a letter: `n_3`, `n_3b`.
+`e` an embedding, `p`, `mask`, `cos`, `sin` what positions give, `logits` the result. A second one of its kind in a
+layer gets a letter: `n_3`, `n_3b`. Before the first layer and after the last there are no numbers: `x`, `x_b`.
 
 Assumes: stage *structured* is complete but for names.
 Contract: exact.
@@ -12,24 +13,26 @@ Contract: exact.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from moec.ir import Pass, Program, region_of
+from moec.ir import Pass, Program, Region, region_of
+from moec.ir.dependence import token_dependent
 from moec.ir.graphs import graph_modules, output
+
+from .names import Names, rename
+from .position_names import position_word
+from .region_names import region_names, size_word
 
 aten = torch.ops.aten
 
-LETTERS = {"attention": "a", "ffn": "y", "moe": "m", "mix": "y"}
+WORDS = {"attention": "a", "ffn": "y", "moe": "m", "mix": "y", "positions": "positions"}
 NORMS = {aten.layer_norm.default, aten.rms_norm.default}
-SHORT = {
-    "linear": "h", "unflatten": "u", "scaled_dot_product_attention": "o", "transpose": "t", "flatten": "f",
-    "embedding": "x", "dropout": "d", "layer_norm": "n", "rms_norm": "n",
-}  # fmt: skip
+STREAM = {aten.add.Tensor, aten.mul.Tensor}
 
 
 @dataclass(frozen=True)
@@ -39,47 +42,108 @@ class NameValues(Pass):
     makes: ClassVar[str] = "structured"
 
     def apply(self, program: Program) -> Program:
-        _name_root(program.graph)
-        for name, module in graph_modules(program.graph):
+        """Names for the regions first, which look at what the root calls them with; then for the root."""
+        root = program.graph
+        takes, gives = _inputs(root), _position_words(root)
+        for name, module in graph_modules(root):
             if name:
-                _name_region(module)
+                rename(module, region_names(module, takes[name], gives if name == "positions" else ()))
+        rename(root, _root_names(root))
         return program
 
 
-def _name_root(root: fx.GraphModule) -> None:
-    layers, names = _layers(root), _Names()
-    result = output(root.graph).args[0]
-    for node in list(root.graph.nodes):
+def _inputs(root: fx.GraphModule) -> dict[str, list[str]]:
+    """Region → the words for its inputs: `x` for the stream, others by what positions call them."""
+    return {
+        str(node.target): [_input_word(root, node, value, i) for i, value in enumerate(node.args)]
+        for node in root.graph.nodes
+        if node.op == "call_module"
+    }
+
+
+def _input_word(root: fx.GraphModule, call: fx.Node, value: object, position: int) -> str:
+    assert isinstance(value, fx.Node)
+    if value.op == "placeholder":
+        return value.name
+    if not isinstance(value.meta.get("val"), Tensor):
+        return size_word(value)
+    return "x" if position == 0 else position_word(root, value) or "x"
+
+
+def _position_words(root: fx.GraphModule) -> list[str]:
+    """What the results of the region `positions` are called, in order."""
+    if "positions" not in dict(root.named_children()):
+        return []
+    call = next(node for node in root.graph.nodes if node.target == "positions")
+    items = {u.args[1]: u for u in call.users if u.target is operator.getitem}
+    results = [items[i] for i in sorted(items)] if items else [call]  # type: ignore[type-var]
+    return [position_word(root, node) or "v" for node in results]
+
+
+def _root_names(root: fx.GraphModule) -> dict[fx.Node, str]:
+    nodes = list(root.graph.nodes)
+    names = Names(node.name for node in nodes if node.op in ("get_attr", "placeholder"))
+    names.taken.add("logits")
+    layers, last = _layers(root), _entry(root)
+    result, found = output(root.graph).args[0], dict[fx.Node, str]()
+    for node in nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        if node is result:
-            node.name = "logits"
-        else:
-            letter = _letter(root, node)
-            if letter is not None:
-                node.name = names.take(letter, layers.get(node))
-    root.recompile()
+        layer = layers.get(node)
+        word = _word(root, node, node is last)
+        found[node] = names.take(word, layer) if layer is not None else names.letter(word)
+    return found | ({result: "logits"} if isinstance(result, fx.Node) else {})
 
 
-def _letter(root: fx.GraphModule, node: fx.Node) -> str | None:
-    if node.op == "call_module":
-        region = region_of(root.get_submodule(str(node.target)))
-        return LETTERS.get(region.kind) if region is not None else None
+def _word(root: fx.GraphModule, node: fx.Node, is_entry: bool) -> str:
+    region = _region(root, node)
+    if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor) and _is_weight(node):
+        return "w"
+    if region is not None and not isinstance(node.meta.get("val"), tuple | list):
+        return position_word(root, node) or WORDS[region.kind]
     if not isinstance(node.meta.get("val"), Tensor):
-        return None
+        return size_word(node) if region is None else WORDS[region.kind]
     if node.target in NORMS:
         return "n"
-    if node.target is aten.dropout.default:
-        return "d"
-    return "x" if node.target in (aten.embedding.default, aten.add.Tensor, aten.mul.Tensor) else None
+    if is_entry or node.target in STREAM:
+        return "x"
+    fixed = {aten.dropout.default: "d", aten.embedding.default: "e", aten.linear.default: "h"}
+    return position_word(root, node) or fixed.get(node.target) or _operator(node)  # type: ignore[call-overload]
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a value is computed from weights alone, in one step or two."""
+    sources = node.all_input_nodes
+    return bool(sources) and all(
+        n.op == "get_attr" or (n.op == "call_function" and _is_weight(n)) for n in sources
+    )
+
+
+def _operator(node: fx.Node) -> str:
+    target = node.target
+    return target._schema.name.split("::")[1].strip("_") if isinstance(target, torch._ops.OpOverload) else "v"
+
+
+def _region(root: fx.GraphModule, node: fx.Node) -> Region | None:
+    return region_of(root.get_submodule(str(node.target))) if node.op == "call_module" else None
+
+
+def _index(root: fx.GraphModule, node: fx.Node) -> int | None:
+    region = _region(root, node)
+    return region.index if region is not None and region.kind != "positions" else None
 
 
 def _layers(root: fx.GraphModule) -> dict[fx.Node, int]:
-    """The layer each value belongs to: a region's own, the layer of the region it feeds, or its inputs'."""
+    """The layer each value belongs to: a region's own, the one a norm feeds, else the latest of its inputs.
+
+    What is computed from weights alone belongs where it is read. After the last residual sum there are no layers.
+    """
     found: dict[fx.Node, int] = {}
-    for node in root.graph.nodes:
-        own = _region_index(root, node)
-        feeds = [i for i in (_region_index(root, user) for user in node.users) if i is not None]
+    says = token_dependent(root.graph)
+    nodes = list(root.graph.nodes)
+    for node in nodes[: nodes.index(_last_sum(nodes, says)) + 1]:
+        own = _index(root, node)
+        feeds = [i for i in (_index(root, user) for user in node.users) if i is not None]
         behind = [found[n] for n in node.all_input_nodes if n in found]
         if own is not None:
             found[node] = own
@@ -87,48 +151,32 @@ def _layers(root: fx.GraphModule) -> dict[fx.Node, int]:
             found[node] = min(feeds)
         elif behind:
             found[node] = max(behind)
+    _where_read(nodes, says, found)
     return found
 
 
-def _region_index(root: fx.GraphModule, node: fx.Node) -> int | None:
-    if node.op != "call_module":
+def _where_read(nodes: list[fx.Node], says: set[fx.Node], found: dict[fx.Node, int]) -> None:
+    for node in reversed(nodes):
+        reads = [found[user] for user in node.users if user in found]
+        if node.op == "call_function" and node not in says and reads:
+            found[node] = min(reads)
+
+
+def _last_sum(nodes: list[fx.Node], says: set[fx.Node]) -> fx.Node:
+    """The last value that puts a result into the stream; without sums, the last call of a region."""
+    sums = [
+        n for n in nodes if n.target is aten.add.Tensor and len(says.intersection(n.all_input_nodes)) == 2
+    ]
+    calls = [n for n in nodes if n.op == "call_module"]
+    return [nodes[0], *calls[-1:], *sums[-1:]][-1]
+
+
+def _entry(root: fx.GraphModule) -> fx.Node | None:
+    """The value that enters the first layer: the last one before it that carries the tokens."""
+    first = next((node for node in root.graph.nodes if _index(root, node) is not None), None)
+    if first is None:
         return None
-    region = region_of(root.get_submodule(str(node.target)))
-    return region.index if region is not None and region.kind != "positions" else None
-
-
-def _name_region(module: fx.GraphModule) -> None:
-    """Inside a region: the short name of the operator, `h` for products."""
-    names = _Names()
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            names.reserve(node.name)
-    for node in module.graph.nodes:
-        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            node.name = names.take(_operator_letter(node), None)
-    module.recompile()
-
-
-def _operator_letter(node: fx.Node) -> str:
-    target: Any = node.target
-    name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else "v"
-    return SHORT.get(name, name.strip("_"))
-
-
-class _Names:
-    """Hands out `x_3`, `x_3b`, `x_3c`, … (or `h`, `h_1`, `h_2` without a layer)."""
-
-    def __init__(self) -> None:
-        self.count: dict[tuple[str, int | None], int] = defaultdict(int)
-
-    def reserve(self, name: str) -> None:
-        """Mark a name as taken."""
-        self.count[(name, None)] += 1
-
-    def take(self, letter: str, layer: int | None) -> str:
-        """The next free name for this letter and layer."""
-        seen = self.count[(letter, layer)]
-        self.count[(letter, layer)] += 1
-        if layer is None:
-            return f"{letter}_{seen}" if seen else letter
-        return f"{letter}_{layer}{chr(ord('a') + seen) if 0 < seen < 26 else (f'_{seen}' if seen else '')}"
+    value = first.args[0]
+    while isinstance(value, fx.Node) and value.target in NORMS:
+        value = value.args[0]
+    return value if isinstance(value, fx.Node) else None

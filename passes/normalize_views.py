@@ -3,6 +3,9 @@
 before:  view(x, [B, S, 12, 64]);   view(y, [B, S, 768]);   expand(k, [B, 2, 3, S, 8]);   split(x, 64, 2)
 after:   unflatten(x, -1, [12, 64]); flatten(y, -2, -1);     expand(k, [-1, -1, 3, -1, -1]); split(x, 64, -1)
 
+before:  permute(o, [0, 2, 1, 3]);       transpose(k, 3, 2)
+after:   transpose(o, 1, 2);             transpose(k, -2, -1)
+
 Assumes: `drop_noops` ran. A reshape that mixes several free sizes at once stays a reshape.
 Contract: exact.
 """
@@ -46,6 +49,10 @@ def _rewrite(node: fx.Node) -> None:
         _reshape(node)
     elif node.target is aten.expand.default:
         _expand(node)
+    elif node.target is aten.permute.default:
+        _permute(node)
+    elif node.target is aten.transpose.int:
+        _transpose(node)
     elif node.target in DIM_ARGUMENT:
         _count_from_the_end(node)
     elif node.target in (aten.unflatten.int, aten.flatten.using_ints):
@@ -99,6 +106,26 @@ def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
             break
         count += 1
     return count
+
+
+def _permute(node: fx.Node) -> None:
+    """A permutation that only swaps two dims is a transposition."""
+    order = [int(d) % len(node.args[1]) for d in node.args[1]]  # type: ignore[union-attr,arg-type]
+    moved = [i for i, d in enumerate(order) if i != d]
+    if len(moved) == 2:
+        swapped = call(node, aten.transpose.int, (node.args[0], *moved))
+        replace(node, swapped)
+        _transpose(swapped)
+
+
+def _transpose(node: fx.Node) -> None:
+    """Dims in ascending order; two that are neither batch nor sequence are counted from the end."""
+    value = tensor(node.args[0])
+    if value is None:
+        return
+    first, second = sorted(int(d) % value.dim() for d in node.args[1:3])  # type: ignore[arg-type,call-overload]
+    rank = value.dim() if first >= 2 else 0
+    node.args = (node.args[0], first - rank, second - rank)
 
 
 def _expand(node: fx.Node) -> None:

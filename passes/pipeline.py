@@ -19,9 +19,11 @@ from .normalize_views import NormalizeViews
 from .outline_attention import OutlineAttention
 from .outline_feed_forwards import OutlineFeedForwards
 from .outline_positions import OutlinePositions
+from .spell_activations import SpellActivations
 from .spell_attention import SpellAttention
 from .spell_linears import SpellLinears
 from .spell_norms import SpellNorms
+from .spell_products import SpellProducts
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def canonical() -> list[Pass]:
         NormalizeViews(),
         SpellLinears(),
         SpellNorms(),
+        SpellActivations(),
+        SpellProducts(),
         SpellAttention(),
         MergeEqualValues(),
         CompleteCanonical(),

@@ -10,6 +10,7 @@ Contract: exact.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ class SpellAttention(Pass):
 
     def apply(self, program: Program) -> Program:
         for_each(program.graph.graph, _rewrite)
+        for_each(program.graph.graph, _drop_usual_scale)
         drop_unused(program.graph)
         return program
 
@@ -62,10 +64,25 @@ def _rewrite(node: fx.Node) -> None:
         return
     q, k, v = (_in_dtype(node, value, tensor(v)) for value in (q, k, v))
     mask = _combined(node, scores.masks, tensor(v))
-    made = call(node, aten.scaled_dot_product_attention.default, (q, k, v, mask), {"scale": scores.scale})
+    made = call(node, aten.scaled_dot_product_attention.default, (q, k, v, mask), _scale(q, scores.scale))
     if dropout is not None:
         made.args = (*made.args, _probability(made, dropout))
     replace(node, made)
+
+
+def _drop_usual_scale(node: fx.Node) -> None:
+    """Nothing is said of a scale that is the usual one."""
+    if is_call(node, aten.scaled_dot_product_attention.default) and isinstance(
+        node.kwargs.get("scale"), float
+    ):
+        rest = {name: value for name, value in node.kwargs.items() if name != "scale"}
+        node.kwargs = rest | _scale(node.args[0], node.kwargs["scale"])  # type: ignore[arg-type]
+
+
+def _scale(query: fx.Node, scale: float) -> dict[str, float]:
+    """The scale, where it is not the one attention uses by itself: one over the root of the head's width."""
+    usual = 1.0 / math.sqrt(int(tensor(query).shape[-1]))  # type: ignore[union-attr]
+    return {} if math.isclose(scale, usual, rel_tol=1e-14) else {"scale": scale}
 
 
 def _in_dtype(before: fx.Node, value: fx.Node, like: Any) -> fx.Node:
@@ -182,7 +199,11 @@ def _combined(before: fx.Node, masks: list[Any], like: Any) -> Any:
 def _as_number(before: fx.Node, kind: str, mask: Any, factor: float, like: Any) -> Any:
     if kind == "add":
         scaled = mask if factor == 1.0 else call(before, aten.mul.Tensor, (mask, factor))
-        return scaled if tensor(scaled).dtype == like.dtype else call(before, aten.to.dtype, (scaled, like.dtype))  # type: ignore[union-attr]
+        return (
+            scaled
+            if tensor(scaled).dtype == like.dtype
+            else call(before, aten.to.dtype, (scaled, like.dtype))
+        )  # type: ignore[union-attr]
     shown, hidden = (0.0, float("-inf")) if kind == "show" else (float("-inf"), 0.0)
     number = call(before, aten.where.Scalar, (mask, shown, hidden))
     return number if tensor(number).dtype == like.dtype else call(before, aten.to.dtype, (number, like.dtype))  # type: ignore[union-attr]
