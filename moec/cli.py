@@ -266,8 +266,8 @@ def train(
 ) -> None:
     """Train a program on text; Ctrl-C saves, --resume goes on bit for bit.
 
-    The plan's [train] table says how; options given here come before it. The trained program is saved in
-    RUN/program.
+    The plan's train table says how; options given here come before it. RUN/program is the trained
+    program.
 
     moec train examples/gpt.py:small --plan pr_moe --data corpus/ --steps 500 --out run
     """

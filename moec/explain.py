@@ -38,7 +38,7 @@ class Product:
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """The plan's effect on one layer; `before`, `after`, `active` count parameters, router and mix included."""
+    """The plan's effect on one layer; `before`, `after`, `active` count parameters, router and mix too."""
 
     name: str
     path: str

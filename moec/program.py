@@ -121,6 +121,12 @@ class Program(ir.Program):
 
         return fingerprint(self)
 
+    def explain(self, about: str = "") -> str:
+        """What was done to each matrix product, and why not otherwise; `about`: a layer, region, weight or glob."""
+        from moec.explain import explain
+
+        return str(explain(self, about))
+
     def save(self, directory: str | Path) -> Path:
         """Write text, manifest and weights; `moec.load` reads them. Atomic; nothing executable is pickled."""
         from moec.runtime.artifact import save_program

@@ -49,6 +49,7 @@ def train(run: Run) -> int:
     program = program_of(run.model, run.plan, trust=run.trust)
     if is_saved_program(run.model) and program.plan is not None:
         settings = training_settings(program.plan.train, run.changed)
+    _require_room(program, settings)
     data = load_text(*run.data, sequence=settings.sequence, vocabulary=run.tokenizer or "bytes")
     console = Console(stderr=run.as_json)
     trainer = Trainer(program, settings, data, run.out, plan=program.plan, console=console)
@@ -78,6 +79,13 @@ def _require_right_folder(run: Run) -> None:
         )
     if latest is None and run.resume:
         raise TrainError(run.out, "no checkpoint", "the --out of an earlier run, or no --resume")
+
+
+def _require_room(program: Program, settings: Train) -> None:
+    limit = program.source.max_positions
+    if limit is not None and settings.sequence > limit:
+        found = f"sequences of {settings.sequence} tokens"
+        raise TrainError("train.sequence", found, f"at most {limit}, the model's limit", f"--sequence {limit}")
 
 
 def _again(run: Run) -> list[str]:
