@@ -54,6 +54,8 @@ def moe_oracle(
     dense_state: State | None = None,
     mix: tuple[Tensor, Tensor | None] | None = None,
     router_input: Tensor | None = None,
+    choices: Sequence[Sequence[int]] | None = None,
+    kept: set[tuple[int, int]] | None = None,
 ) -> OracleAnswer:
     """Evaluate a mixture of experts the slow way.
 
@@ -62,15 +64,18 @@ def moe_oracle(
     [..., D]; `router` [E, D]; `bias` [E] takes part in choosing only. `capacity_factor` 0.0 keeps every
     row. `dense_state`: the feed-forward kept beside the experts, for residual `sum` (added) and `learned`:
     there the two are weighed by softmax(mix_weight · x + mix_bias), experts first, `mix` being (weight [2,
-    D], bias [2]). `router_input`: what the router reads instead of x (x detached, say). Sources: DeepSpeed-MoE sections 3-4; GShard for the capacity rule; Switch Transformer for
-    the balance term.
+    D], bias [2]). `router_input`: what the router reads instead of x (x detached, say). `choices` [T][K]
+    and `kept` (token, choice): what training drew at random, instead of the best scores and the first come.
+    Sources: DeepSpeed-MoE sections 3-4; GShard for the capacity rule; Switch Transformer for the balance term.
     """
     rows_TD = x.reshape(-1, x.shape[-1])
     read_TD = rows_TD if router_input is None else router_input.reshape(rows_TD.shape)
     scores_TE = torch.stack([router @ row for row in read_TD.to(router.dtype)])
-    choices = [choose(scores, top_k, gate, bias) for scores in scores_TE]
+    if choices is None:
+        choices = [choose(scores, top_k, gate, bias) for scores in scores_TE]
     weights = [weigh(scores, chosen, gate) for scores, chosen in zip(scores_TE, choices, strict=True)]
-    kept = keep_within_capacity(choices, len(expert_states), capacity_factor, min_capacity)
+    if kept is None:
+        kept = keep_within_capacity(choices, len(expert_states), capacity_factor, min_capacity)
     out = []
     for token, row in enumerate(rows_TD):
         y = torch.zeros_like(row)

@@ -151,7 +151,7 @@ def decoders_and_plans(
 ) -> tuple[DecoderRecipe, Plan]:
     """A decoder and a plan that fits it; `options` go to `decoders`."""
     recipe = draw(decoders(**options))
-    names = [site.path for site in recipe.answer().sites]
+    names = recipe.site_paths()
     plan = plans(
         recipe.num_sites, names=names, max_experts=max_experts, exact_only=exact_only,
         hidden=recipe.ffn.hidden, compile=compile,

@@ -132,7 +132,9 @@ class DecoderRecipe:
         On `meta` nothing is drawn. `substitutes`: layer → what makes a module to stand in place of its
         feed-forward.
         """
-        with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
+        where = torch.device("meta" if torch.device(device).type == "meta" else "cpu")
+        with torch.random.fork_rng(devices=[]), where:
+            torch.manual_seed(seed)  # biases start from torch's own draws
             model = DECODERS[self.interface](self, substitutes)
         if torch.device(device).type != "meta":
             fill_parameters(model, seed)
@@ -161,6 +163,12 @@ class DecoderRecipe:
             tuple(names.weight for table in attention for names in table.values()),
             f"{head}.weight",
         )
+
+    def site_paths(self) -> list[str]:
+        """The module path that each feed-forward runs under, which plans select by: that of its layer, also where
+        the layers share one module."""
+        inline = self.ffn.container == "inline"
+        return [self._block(i) + ("" if inline else f".{self.names.ffn}") for i in range(self.num_layers)]
 
     def _block(self, layer: int) -> str:
         return f"{self.names.blocks}.{layer}"
