@@ -12,6 +12,7 @@ Contract: exact.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,12 @@ def _positional(graph: fx.Graph, says: set[fx.Node], weights: set[fx.Node]) -> l
     known = {placeholder(graph), *weights}
     found = []
     for node in graph.nodes:
-        if node.op == "call_function" and node not in says and node not in weights and known.issuperset(node.all_input_nodes):
+        if (
+            node.op == "call_function"
+            and node not in says
+            and node not in weights
+            and known.issuperset(node.all_input_nodes)
+        ):
             found.append(node)
             known.add(node)
     return found
@@ -62,8 +68,16 @@ def _outline(program: Program, nodes: list[fx.Node], outputs: list[fx.Node], wei
     public = {target: program.origins.public_name(target) for target in targets}
     relative = relative_names(public.values())
     region = Region(kind="positions", index=0)
-    _, program.origins = outline(
+    call, program.origins = outline(
         root, program.origins, nodes, region,
         inputs=[(placeholder(root.graph), "tokens")], outputs=outputs,
         name_weight=lambda target: relative[public[target]],
     )  # fmt: skip
+    _move_to_the_top(root.graph, call)
+
+
+def _move_to_the_top(graph: fx.Graph, call: fx.Node) -> None:
+    """Positions need nothing but the tokens: they come first."""
+    items = [user for user in call.users if user.target is operator.getitem]
+    for node in [*reversed(items), call]:
+        placeholder(graph).append(node)

@@ -12,6 +12,7 @@ from .branch_experts import BranchExperts
 from .collect_terms import CollectTerms
 from .drop_noops import DropNoops
 from .functionalize_writes import FunctionalizeWrites
+from .group_heads import GroupHeads
 from .lift_experts import LiftExperts
 from .merge_equal_values import MergeEqualValues
 from .name_values import NameValues
@@ -22,6 +23,7 @@ from .outline_positions import OutlinePositions
 from .spell_activations import SpellActivations
 from .spell_attention import SpellAttention
 from .spell_linears import SpellLinears
+from .spell_masks import SpellMasks
 from .spell_norms import SpellNorms
 from .spell_products import SpellProducts
 
@@ -48,6 +50,8 @@ def canonical() -> list[Pass]:
         SpellActivations(),
         SpellProducts(),
         SpellAttention(),
+        SpellMasks(),
+        GroupHeads(),
         MergeEqualValues(),
         CompleteCanonical(),
     ]

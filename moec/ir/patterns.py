@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .graphs import placeholder
+
 aten = torch.ops.aten
 
 CASTS = {aten.to.dtype, aten._to_copy.default}
@@ -52,7 +54,9 @@ def replace(node: fx.Node, value: fx.Node, *, keep: fx.Node | None = None) -> No
         node.graph.erase_node(node)
 
 
-def call(before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+def call(
+    before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
     """Insert a call before `before`, with its place in the user's model (path, source) and a fresh shape."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs or {})
@@ -62,15 +66,18 @@ def call(before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _shape(node: fx.Node) -> Any:
-    """The fake result of `node`, from its arguments' fakes."""
-    fakes = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    mode = getattr(fakes[0], "fake_mode", None) if fakes else None
+    """The fake result of `node`, from its arguments' fakes (of one made of sizes alone, in the tokens' mode)."""
+    inputs = [*node.all_input_nodes, placeholder(node.graph)]
+    mode = next((mode for mode in map(_fake_mode, inputs) if mode is not None), None)
     if mode is None:
         return None
-    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fake_mode(node: fx.Node) -> Any:
+    return getattr(node.meta.get("val"), "fake_mode", None)
 
 
 def through(value: fx.Node, *targets: object) -> fx.Node:
