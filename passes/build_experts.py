@@ -21,7 +21,7 @@ from moec.plan import LayerSettings, Plan
 
 from .branch_experts import seed_of
 from .expert_weights import ExpertInit, HiddenAxis
-from .hidden_units import blocks_of, units_of_rows
+from .hidden_units import blocks_of, inner_function, shrink_view, units_of_rows
 
 aten = torch.ops.aten
 
@@ -64,6 +64,7 @@ class _Builder:
         self.owner, self.graph = root_module(), fx.Graph()
         self.origins: dict[str, Origin] = {}
         self.experts = torch.ops.moec
+        self._where = f"lift_experts: {name} ({region.path})"
 
     def build(self) -> ExpertLayer:
         x = self.graph.placeholder("x")
@@ -161,7 +162,9 @@ class _Builder:
         result = output(self.dense.graph).args[0]
         for node in self.dense.graph.nodes:
             if is_call(node, aten.linear.default):
-                env[node] = self._grouped(node, env, counts, init, axes[node], "down" if node is result else "up")
+                env[node] = self._grouped(
+                    node, env, counts, init, axes[node], "down" if node is result else "up"
+                )
             elif node.op == "call_function" and self._is_needed(node):
                 env[node] = self._copy(node, env, hidden)
         assert isinstance(result, fx.Node)
@@ -169,7 +172,9 @@ class _Builder:
 
     def _is_needed(self, node: fx.Node) -> bool:
         """Weights are read where they are used; transpositions of matrices vanish into the expert weights."""
-        return not (is_call(node, aten.t.default) and all(is_call(u, aten.linear.default) for u in node.users))
+        return not (
+            is_call(node, aten.t.default) and all(is_call(u, aten.linear.default) for u in node.users)
+        )
 
     def _copy(self, node: fx.Node, env: dict[fx.Node, fx.Node], hidden: int) -> fx.Node:
         for source in node.all_input_nodes:
@@ -178,7 +183,7 @@ class _Builder:
         copied = self.graph.node_copy(node, lambda n: env[n])
         copied.meta = {key: node.meta[key] for key in ("path", "source") if key in node.meta}
         if self.settings.init == "split":
-            shrink_view(copied, hidden, self.settings.experts)
+            shrink_view(copied, hidden, self.settings.experts, self._where)
         return copied
 
     def _shared(self, node: fx.Node) -> fx.Node:
@@ -187,35 +192,48 @@ class _Builder:
             return self.training
         value, target = weight_of(self.dense, node), str(node.target)
         assert value is not None
+        self._require_one_size(target, value)
         place(self.owner, target, value)
         if f"{self.name}.{target}" in self.program.origins:
             self.origins[target] = self.program.origins[f"{self.name}.{target}"]
-        return self.graph.get_attr(target)
+        read = self.graph.get_attr(target)
+        # Rows have two dims: [1, 1, F] must not make them three again.
+        return read if value.dim() <= 2 else self._call("flat", aten.flatten.using_ints, read, 0, -2)
+
+    def _require_one_size(self, target: str, value: Tensor) -> None:
+        if self.settings.init == "split" and value.numel() > 1:
+            raise PassError(
+                self._where, f"init 'split' with {target} {list(value.shape)}, one number for each hidden unit, which all "
+                "experts would share", "no weights between up and down but single numbers",
+                "init = 'copy', 'noise', 'partial' or 'fresh'",
+            )  # fmt: skip
 
     def _grouped(
         self, node: fx.Node, env: dict[fx.Node, fx.Node], counts: fx.Node, init: ExpertInit,
         axis: HiddenAxis | None, role: str,
     ) -> fx.Node:  # fmt: skip
         matrix, turned = _matrix(node)
-        weight = self._expert_weight(str(matrix.target), turned, init, axis, role)
+        weight = self._expert_weight(str(matrix.target), turned, init, axis)
+        rows = env[node.args[0]]  # type: ignore[index]
+        if self.settings.init == "split" and role == "down":
+            # The weights of the chosen sum to one, so each slice must stand for the whole.
+            rows = self._call("whole", aten.mul.Tensor, rows, float(self.settings.experts))
         bias_node = node.args[2] if len(node.args) > 2 else None
         bias = None
         if isinstance(bias_node, fx.Node):
             along = HiddenAxis(0, axis.blocks) if axis is not None and role == "up" else None
-            bias = self._expert_weight(str(bias_node.target), False, init, along, f"{role} bias")
-        made = self._call(node.name, self.experts.grouped_linear.default, env[node.args[0]], weight, bias, counts)  # type: ignore[index]
+            bias = self._expert_weight(str(bias_node.target), False, init, along)
+        made = self._call(node.name, self.experts.grouped_linear.default, rows, weight, bias, counts)
         made.meta = {key: node.meta[key] for key in ("path", "source") if key in node.meta}
         return made
 
-    def _expert_weight(
-        self, target: str, turned: bool, init: ExpertInit, axis: HiddenAxis | None, role: str
-    ) -> fx.Node:
+    def _expert_weight(self, target: str, turned: bool, init: ExpertInit, axis: HiddenAxis | None) -> fx.Node:
         if target in self.origins:
             return self.graph.get_attr(target)
         value = self.dense.get_parameter(target)
         dense = (value.t() if turned else value).detach()
         source = self.program.origins[f"{self.name}.{target}"].source
-        origin = init.origin(source, dense, axis, role, turned)
+        origin = init.origin(source, dense, axis, turned)
         made = nn.Parameter(init.make(dense, origin, axis).contiguous(), requires_grad=value.requires_grad)
         return self._place(target, made, origin)
 
@@ -231,7 +249,9 @@ class _Builder:
         ups = [p for p in products if p is not down]
         blocks = self._blocks(ups, down, hidden)  # type: ignore[arg-type]
         self._require_divisible(hidden)
-        axes: dict[fx.Node, HiddenAxis | None] = {up: HiddenAxis(0, b) for up, b in zip(ups, blocks, strict=True)}
+        axes: dict[fx.Node, HiddenAxis | None] = {
+            up: HiddenAxis(0, b) for up, b in zip(ups, blocks, strict=True)
+        }
         return {**axes, down: HiddenAxis(1)}, hidden  # type: ignore[dict-item]
 
     def _blocks(self, ups: list[fx.Node], down: fx.Node, hidden: int) -> list[int]:
@@ -240,7 +260,7 @@ class _Builder:
         blocks = [blocks_of(u, hidden) for u in units] if units is not None else [None]
         if any(b is None for b in blocks):
             raise PassError(
-                f"lift_experts: {self.name} ({self.region.path})", f"init '{self.settings.init}' on hidden units that "
+                self._where, f"init '{self.settings.init}' on hidden units that "
                 "are not laid out one after another", "an up product whose outputs each reach one hidden unit, in order",
                 "init = 'copy', 'noise' or 'fresh'",
             )  # fmt: skip
@@ -252,7 +272,7 @@ class _Builder:
             divisors = [d for d in range(1, hidden + 1) if hidden % d == 0]
             closest = min(divisors, key=lambda d: abs(d - experts))
             raise PassError(
-                f"lift_experts: {self.name} ({self.region.path})", f"init 'split' of {hidden} hidden units into {experts}",
+                self._where, f"init 'split' of {hidden} hidden units into {experts}",
                 "a number of experts that divides the hidden units", f"experts = {closest}",
             )  # fmt: skip
 
@@ -279,49 +299,3 @@ def _matrix(node: fx.Node) -> tuple[fx.Node, bool]:
         matrix, turned = matrix.args[0], not turned  # type: ignore[union-attr]
     assert isinstance(matrix, fx.Node)
     return matrix, turned
-
-
-def inner_function(dense: fx.GraphModule, ups: list[fx.Node], down: fx.Node):  # type: ignore[no-untyped-def]
-    """Outputs of the up products → input of the down product, computed in fp64 on the CPU."""
-
-    def inner(values):  # type: ignore[no-untyped-def]
-        env: dict[fx.Node, Any] = dict(zip(ups, values, strict=True))
-        for node in dense.graph.nodes:
-            if node is down:
-                return env[down.args[0]]  # type: ignore[index]
-            if node in env or node.op in ("placeholder", "output") or is_call(node, aten.linear.default):
-                continue
-            env[node] = _evaluate(dense, node, env)
-        raise AssertionError("unreachable: the down product ends every feed-forward")
-
-    return inner
-
-
-def _evaluate(dense: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        value = weight_of(dense, node)
-        if value is None:
-            return False  # `training`: no dropout
-        return torch.ones(value.shape, dtype=torch.float64) if value.is_meta else value.detach().double().cpu()
-    if any(source not in env for source in node.all_input_nodes):
-        return None  # computed from the region's input; no product's output reaches it
-    args = fx.node.map_arg(node.args, lambda n: env[n])
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
-    if node.target is aten.to.dtype:
-        return args[0]
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def shrink_view(node: fx.Node, hidden: int, experts: int) -> None:
-    """A view that spells the number of hidden units gets an expert's share of them, in place."""
-
-    def share(size: Any) -> Any:
-        return size // experts if isinstance(size, int) and size > 0 and size % hidden == 0 else size
-
-    if node.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unflatten.int, aten.slice.Tensor):
-        node.args = tuple(
-            [share(s) for s in a] if isinstance(a, (list, tuple)) else share(a) if i else a
-            for i, a in enumerate(node.args)
-        )
-
-

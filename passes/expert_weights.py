@@ -34,14 +34,13 @@ class ExpertInit:
     hidden: int
     generator: torch.Generator
 
-    def origin(self, source: str | None, dense: Tensor, axis: HiddenAxis | None, role: str, transposed: bool) -> Origin:
+    def origin(self, source: str | None, dense: Tensor, axis: HiddenAxis | None, transposed: bool) -> Origin:
         """How this tensor will have been made."""
         how = self.settings.init
         if how == "split" and axis is None:
             how = "copy"
-        scale = float(self.settings.experts) if how == "split" and role == "down" else 1.0
         dim, blocks = (axis.dim, axis.blocks) if axis is not None else (0, 1)
-        return Origin(source, how, transposed and dense.dim() == 2, self.settings.experts, dim, blocks, scale)
+        return Origin(source, how, transposed and dense.dim() == 2, self.settings.experts, dim, blocks)
 
     def make(self, dense: Tensor, origin: Origin, axis: HiddenAxis | None) -> Tensor:
         """The expert tensor [E, …] for `dense`."""
@@ -90,4 +89,8 @@ def _each(renewed: Tensor, dense: Tensor, axis: HiddenAxis) -> Tensor:
 
 def _std(dense: Tensor) -> Tensor:
     value = dense.detach().double()
-    return (value.std() if value.numel() > 1 else torch.zeros((), dtype=torch.float64)).to(dense.dtype).to(dense.device)
+    return (
+        (value.std() if value.numel() > 1 else torch.zeros((), dtype=torch.float64))
+        .to(dense.dtype)
+        .to(dense.device)
+    )

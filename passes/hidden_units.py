@@ -11,9 +11,17 @@ Legend: U outputs of an up product, F hidden units.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from moec.errors import PassError
+from moec.ir.graphs import weight_of
+from moec.ir.patterns import is_call
+
+aten = torch.ops.aten
+WHOLE_DIM = 2**62  # a slice up to here or beyond has no end
 
 Inner = Callable[[Sequence[Tensor]], Tensor]
 
@@ -64,7 +72,9 @@ def _read(inner: Inner, sample: list[Tensor], hidden: int) -> list[Tensor] | Non
 
 
 def _pull(out: Tensor, cotangent: Tensor, sample: list[Tensor]) -> list[Tensor]:
-    gradients = torch.autograd.grad(out, sample, cotangent.expand_as(out), retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(
+        out, sample, cotangent.expand_as(out), retain_graph=True, allow_unused=True
+    )
     return [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, sample, strict=True)]
 
 
@@ -77,3 +87,69 @@ def blocks_of(units: Tensor, hidden: int) -> int | None:
     if torch.equal(units, torch.arange(hidden).repeat_interleave(times)):
         return 1
     return times if torch.equal(units, torch.arange(hidden).repeat(times)) else None
+
+
+def inner_function(dense: fx.GraphModule, ups: list[fx.Node], down: fx.Node):  # type: ignore[no-untyped-def]
+    """Outputs of the up products → input of the down product, computed in fp64 on the CPU."""
+
+    def inner(values):  # type: ignore[no-untyped-def]
+        env: dict[fx.Node, Any] = dict(zip(ups, values, strict=True))
+        for node in dense.graph.nodes:
+            if node is down:
+                return env[down.args[0]]  # type: ignore[index]
+            if node in env or node.op in ("placeholder", "output") or is_call(node, aten.linear.default):
+                continue
+            env[node] = _evaluate(dense, node, env)
+        raise AssertionError("unreachable: the down product ends every feed-forward")
+
+    return inner
+
+
+def _evaluate(dense: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    if node.op == "get_attr":
+        value = weight_of(dense, node)
+        if value is None:
+            return False  # `training`: no dropout
+        return (
+            torch.ones(value.shape, dtype=torch.float64) if value.is_meta else value.detach().double().cpu()
+        )
+    if any(source not in env for source in node.all_input_nodes):
+        return None  # computed from the region's input; no product's output reaches it
+    args = fx.node.map_arg(node.args, lambda n: env[n])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
+    if node.target is aten.to.dtype:
+        return args[0]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def shrink_view(node: fx.Node, hidden: int, experts: int, where: str) -> None:
+    """Give a view that spells the number of hidden units one expert's share of them, in place.
+
+    Raises `PassError` (`where`: the layer) when it cannot be said which of its sizes counts hidden units.
+    """
+
+    def share(size: Any) -> Any:
+        if not isinstance(size, int) or size % hidden:
+            raise PassError(where, f"init 'split' through {node.name} = {node.target}{node.args[1:]}",
+                            f"sizes that are multiples of the {hidden} hidden units", "init = 'copy', 'noise' or 'fresh'")  # fmt: skip
+        return size // experts
+
+    args = list(node.args)
+    if node.target is aten.split.Tensor:
+        args[1] = share(args[1])
+    elif node.target is aten.split_with_sizes.default:
+        args[1] = [share(size) for size in args[1]]  # type: ignore[union-attr]
+    elif node.target is aten.slice.Tensor:
+        ends = [position for position in (2, 3) if _is_inside(args, position)]
+        args = [share(a) if i in ends else a for i, a in enumerate(args)]
+    elif node.target is aten.unflatten.int:
+        sizes = list(args[2])  # type: ignore[arg-type]
+        whole = [i for i, size in enumerate(sizes) if size == hidden]
+        args[2] = [share(s if len(whole) == 1 else None) if i in whole else s for i, s in enumerate(sizes)]
+        args[2] = args[2] if whole else [share(None)]
+    node.args = tuple(args)
+
+
+def _is_inside(args: Sequence[Any], position: int) -> bool:
+    """Whether a slice has a bound at `position` that is not an end of the dim."""
+    return len(args) > position and args[position] not in (None, 0) and args[position] < WHOLE_DIM

@@ -72,7 +72,9 @@ def _origin_checks(before: Program, after: Program, name: str) -> list[Check]:
         error = error_of(restored, source.detach()) if restored is not None else float("inf")
         if error > worst:
             worst, where = error, f"{name}.{leaf}"
-    return [Check(f"{name}: weights restore their source", worst, 1e-6, str(torch.get_default_dtype())[6:], where)]
+    return [
+        Check(f"{name}: weights restore their source", worst, 1e-6, str(torch.get_default_dtype())[6:], where)
+    ]
 
 
 def _behaviour(
@@ -115,7 +117,13 @@ def _randomise(module: fx.GraphModule, reference: fx.GraphModule, settings: Laye
     shape = tensor(placeholder(reference.graph))
     assert shape is not None
     rows = min(48, 2 * settings.experts + 6)
-    lead = [2, rows // 2] if shape.dim() == 3 else [rows] if shape.dim() == 2 else [1] * (shape.dim() - 2) + [rows]
+    lead = (
+        [2, rows // 2]
+        if shape.dim() == 3
+        else [rows]
+        if shape.dim() == 2
+        else [1] * (shape.dim() - 2) + [rows]
+    )
     device = next(module.parameters()).device
     x = torch.randn(*lead, int(shape.shape[-1]), generator=generator, dtype=torch.float64).to(device)
     return x.requires_grad_()
@@ -130,15 +138,23 @@ def _share_the_rest(module: fx.GraphModule, reference: fx.GraphModule) -> None:
 
 
 def _gradients(y: Tensor, balance: Tensor, z: Tensor, module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.device)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(
+        y.device
+    )
     leaves = {"x": x, **{n: p for n, p in module.named_parameters() if p.requires_grad}}
     total = (y * weight).sum() + 0.7 * balance + 0.3 * z
     drawn = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(leaves.items(), drawn, strict=True)}
+    return {
+        n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(leaves.items(), drawn, strict=True)
+    }
 
 
 def _oracle(
-    reference: fx.GraphModule, module: fx.GraphModule, origins: dict[str, Origin], settings: LayerSettings, x: Tensor
+    reference: fx.GraphModule,
+    module: fx.GraphModule,
+    origins: dict[str, Origin],
+    settings: LayerSettings,
+    x: Tensor,
 ):  # type: ignore[no-untyped-def]
     bias = getattr(module, "bias", None)
     return moe_oracle(
@@ -159,6 +175,8 @@ def _expert_states(
             if origin.experts:
                 value = module.get_parameter(leaf)
                 dense = value[expert] if origin.how != "split" else _among_zeros(value, origin, expert)
+                if origin.how == "split" and origin.dim == 1:
+                    dense = dense * settings.experts
                 state[leaf] = dense.t() if origin.transposed else dense
         yield state
 

@@ -21,7 +21,6 @@ from moec.ir import Origin, Program
 from moec.ir.expert_oracle import OracleAnswer, moe_oracle
 from moec.plan import LayerSettings
 from moec.testing.parts.decoder import Block, Decoder
-from moec.testing.parts.feed_forward import FeedForward
 from moec.testing.recipe import DecoderRecipe
 
 Leaves = dict[str, Tensor]
@@ -169,7 +168,9 @@ def _expert_states(
             continue
         assert origin.source is not None
         for expert, state in enumerate(states):
-            matrix = leaf[expert] if origin.how != "split" else _slice_among_zeros(leaf[expert], origin, expert)
+            matrix = (
+                leaf[expert] if origin.how != "split" else _slice_among_zeros(leaf[expert], origin, expert)
+            )
             if origin.how == "split" and origin.dim == 1:
                 matrix = matrix * settings.experts  # each slice stands for the whole
             state[own[origin.source]] = matrix.t() if origin.transposed else matrix
@@ -183,7 +184,9 @@ def _slice_among_zeros(piece: Tensor, origin: Origin, expert: int) -> Tensor:
     shape = list(piece.shape)
     shape[origin.dim] *= origin.experts
     places = [
-        block * share * origin.experts + expert * share + unit for block in range(origin.blocks) for unit in range(share)
+        block * share * origin.experts + expert * share + unit
+        for block in range(origin.blocks)
+        for unit in range(share)
     ]
     return piece.new_zeros(shape).index_copy(origin.dim, torch.tensor(places), piece)
 
@@ -203,7 +206,9 @@ def gather(origin: Origin, gradient: Tensor) -> Tensor:
 class Recorder(fx.Interpreter):
     """Runs a program's graph and keeps what its expert layers drew at random, by site."""
 
-    def __init__(self, module: fx.GraphModule, layer: str = "", seen: dict[str, dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, module: fx.GraphModule, layer: str = "", seen: dict[str, dict[str, Any]] | None = None
+    ) -> None:
         super().__init__(module)
         self.layer, self.seen = layer, {} if seen is None else seen
 
@@ -236,4 +241,3 @@ def _draws(calls: Mapping[str, tuple[Any, Any]]) -> Draws:
         (x, _, _), made = calls["jitter"]
         factors = torch.where(x == 0, 1.0, made.detach() / x.detach())
     return Draws(factors, experts_TK.tolist(), kept)
-

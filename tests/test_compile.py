@@ -6,11 +6,9 @@ source model with its chosen feed-forwards evaluated one token at a time (`spars
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from sparse_source import Draws, Leaves, Recorder, gather, sparse_source
@@ -18,10 +16,8 @@ from torch import Tensor, nn
 
 import moec
 from moec.ir.compare import source_gradients
-from moec.plan import LayerSettings, Moe, Override, Plan
+from moec.plan import LayerSettings, Plan
 from moec.testing import DecoderRecipe, decoders_and_plans
-from moec.testing.parts.feed_forward import FUSED, FeedForwardRecipe
-from moec.testing.recipe import LogitsOnly
 from moec.testing.same_function import compare, compare_gradients
 
 PAIRS = settings.default.max_examples  # of each kind: 100 pairs by default, 1000 in the nightly profile

@@ -23,8 +23,7 @@ class Origin:
     `copy`, `noise`, `partial`, `split` (one slice of the hidden dimension per expert), `fresh`.
     `transposed`: the user stored the matrix as [in, out]. `experts`: length of the leading expert axis, 0 if
     there is none. For `split`: `dim` is the dimension of the source (after transposition) that was dealt out,
-    `blocks` how often the hidden units run through it (2 for a fused gate and up), and `scale` the factor the
-    slices were multiplied by.
+    `blocks` how often the hidden units run through it (2 for a fused gate and up).
     """
 
     source: str | None
@@ -33,7 +32,6 @@ class Origin:
     experts: int = 0
     dim: int = 0
     blocks: int = 1
-    scale: float = 1.0
 
     @property
     def reversible(self) -> bool:
@@ -46,25 +44,25 @@ class Origin:
             return None
         if self.how == "same":
             return value
-        dense = self.joined(value) / self.scale if self.how == "split" else self._agreed(value)
+        dense = self.joined(value) if self.how == "split" else self._agreed(value)
         return dense.t().contiguous() if dense is not None and self.transposed else dense
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """The gradient of the source tensor, by the chain rule through how this parameter was made from it."""
         if not self.experts:
             return gradient
-        dense = self.joined(gradient) * self.scale if self.how == "split" else gradient.sum(0)
+        dense = self.joined(gradient) if self.how == "split" else gradient.sum(0)
         return dense.t() if self.transposed else dense
 
     def deal(self, dense: Tensor) -> Tensor:
-        """`split`: slices [E, …] of `dense` along `dim`, one per expert, scaled; the inverse of `restore`."""
+        """`split`: slices [E, …] of `dense` along `dim`, one per expert; the inverse of `restore`."""
         size = dense.shape[self.dim] // self.blocks
         units = dense.unflatten(self.dim, [self.blocks, self.experts, size // self.experts])
         dealt = units.movedim(self.dim + 1, 0).flatten(self.dim + 1, self.dim + 2)
-        return dealt.contiguous() * self.scale
+        return dealt.contiguous()
 
     def joined(self, value: Tensor) -> Tensor:
-        """`split`: the slices [E, …] put together along `dim`, unscaled."""
+        """`split`: the slices [E, …] put together along `dim`."""
         units = value.unflatten(self.dim + 1, [self.blocks, value.shape[self.dim + 1] // self.blocks])
         return units.movedim(0, self.dim + 1).flatten(self.dim, self.dim + 2)
 
