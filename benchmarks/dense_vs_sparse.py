@@ -1,11 +1,11 @@
 """The demo's model trained dense, as a mixture of experts, and as a PR-MoE: equal tokens, several seeds.
 
-    python -m benchmarks.dense_vs_sparse [--seeds 3] [--steps N] [--threads 1] [--out FILE] [--page FILE]
+    python -m benchmarks.dense_vs_sparse [--seeds 3] [--steps N] [--threads 1] [--out FILE]
 
 All runs have the same text, batches, schedule and rate; a seed draws the weights, the routers and the order
 of the batches, and is shared by the three variants. A run that is in the results already, under the same
 settings, is not repeated: stopped, the command goes on where it was. The table goes into
-`docs/experiments.md`.
+`docs/experiments.md` and the README.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from moec.runtime.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "dense_vs_sparse.json"
-PAGE = ROOT / "docs" / "experiments.md"
+PAGES = ROOT / "docs" / "experiments.md", ROOT / "README.md"
 BEGIN, END = "<!-- dense_vs_sparse: begin -->", "<!-- dense_vs_sparse: end -->"
 CONSOLE = Console()
 
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TRAIN.steps)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--pages", type=Path, nargs="*", default=PAGES, help="Where the table stands.")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warmup = min(TRAIN.warmup, options.steps // 10)
@@ -198,7 +198,8 @@ def main() -> None:
                 CONSOLE.print(f"{variant}, seed {seed}")
                 results.add(train_once(variant, seed, settings, data))
                 CONSOLE.print(table(results.runs), soft_wrap=True)
-    write_page(options.page, results.runs)
+    for page in options.pages:
+        write_page(page, results.runs)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def demo(
     length: Length = 400,
 ) -> None:
     """Compile a GPT into a PR-MoE, train it on Python's standard library, sample from it, save it."""
-    console, began = Console(), time.perf_counter()
+    console, began = screen.open_console(), time.perf_counter()
     plan = Plan.from_toml(PLAN)
     program = compile_model(console, plan)
     data = load_text(sequence=plan.train.sequence)
@@ -150,13 +150,13 @@ def next_commands(saved: Path, folder: Path) -> dict[str, str]:
     """Commands that work as they stand here, and what each is for."""
     beside = Path(sys.executable).with_name("moec")
     moec_ = os.path.relpath(beside) if beside.exists() else "python -m moec"
-    longer = folder.parent / f"{folder.name}-longer"
+    longer = f"--steps 10000 --out {folder}-longer"
     return {
         f"{moec_} show {saved}": "read the program again",
         f"{moec_} diff {saved} captured canonical": "what one spelling for everything means",
         f"{moec_} explain {saved} moe_1": "what became of a layer, and where it was written",
         f'{moec_} sample {saved} --prompt "class "': "let it write",
-        f"{moec_} train examples/gpt.py:small --plan examples/{PLAN.name} --steps 10000 --out {longer}": "learn more",
+        f"{moec_} train examples/gpt.py:small --plan examples/{PLAN.name} {longer}": "let it learn more",
         f"{moec_} plans pr_moe": "a plan of the paper's size",
     }
 

@@ -25,6 +25,12 @@ from moec.runtime.evaluate import Evaluation
 LAYER = re.compile(r"(?<=[._])\d+(?=[._: ]|$)")
 
 
+def open_console() -> Console:
+    """Standard output; wide enough for the tables where it is no terminal and has no width of its own."""
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
+
+
 def title(console: Console, what: str, where: str) -> None:
     """A heading, and under it where the thing comes from."""
     console.print()
@@ -52,7 +58,10 @@ def sizes(console: Console, program: moec.Program, dense: int, seconds: float) -
 
 def ledger(console: Console, entries: Ledger) -> None:
     """The ledger; products that differ in the number of their layer alone share a row."""
-    table = Table("product", "layers", "shape", "status", "why", box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("product", "layers", "shape", "status"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why")
     for (weight, shape, status, why), layers in fold(entries).items():
         style = {"rewritten": "green", "refused": "yellow"}.get(status, "")
         table.add_row(weight, ", ".join(layers), shape, Text(status, style=style), why)
@@ -60,7 +69,7 @@ def ledger(console: Console, entries: Ledger) -> None:
 
 
 def fold(entries: Iterable[Entry]) -> dict[tuple[str, str, str, str], list[str]]:
-    """Rows without the numbers of layers → those numbers, in the order of the ledger."""
+    """Rows with `*` for the number of a layer → those numbers, in the order of the ledger."""
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for entry in entries:
         weight, why = (LAYER.sub("*", text) for text in (entry.weight, entry.reason))
@@ -71,8 +80,8 @@ def fold(entries: Iterable[Entry]) -> dict[tuple[str, str, str, str], list[str]]
 
 def certificates(console: Console, program: moec.Program, plan: Plan) -> None:
     """What was claimed and measured of the rewrites, a row for each stage's passes of one verdict."""
-    table = Table("stage", "rewrites", "contract", "verdict", "largest error", box=None, pad_edge=False)
-    table.header_style = "dim"
+    columns = "stage", "rewrites", "contract", "verdict", "largest error"
+    table = Table(*columns, box=None, pad_edge=False, header_style="dim")
     made = pipeline.canonical(), pipeline.structured(), pipeline.sparse(plan)
     stages = zip(("canonical", "structured", "sparse"), made, strict=True)
     stage_of = {rewrite.name: stage for stage, rewrites in stages for rewrite in rewrites}
