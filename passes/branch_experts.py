@@ -3,9 +3,8 @@
 before:  y = ffn_3(x)
 after:   f = ffn_3(x);  b = branch_3(x);  y = f + b                      residual = "sum"
          f = ffn_3(x);  b = branch_3(x);  y = mix_3(x, b, f)             residual = "learned"
-
-`mix_3` weighs the branches by softmax(linear(x)), experts first. The branch starts as the feed-forward itself and
-shares its weights until `lift_experts` gives it an expert axis.
+ `mix_3` weighs the branches by softmax(linear(x)), experts first. The branch starts as the feed-forward
+itself and shares its weights until `lift_experts` gives it an expert axis.
 
 Assumes: stage *structured*.
 Contract: `learned` is exact (the two weights sum to one over equal branches); `sum` changes the model.
@@ -19,11 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from moec.ir import Origin, Pass, Program, Region, region_of
+from moec.ir import Check, Origin, Pass, Program, Region, region_of
 from moec.ir.graphs import fork, place, root_module
 from moec.ir.patterns import tensor
 from moec.plan import LayerSettings, Plan
 
+from .prove_branches import prove_branches
 from .sites import feed_forward_sites, require_feed_forwards, settings_by_site
 
 aten = torch.ops.aten
@@ -42,6 +42,10 @@ class BranchExperts(Pass):
     def requires(self, program: Program) -> None:
         require_feed_forwards(program, self.name)
 
+    def ensures(self, before: Program, after: Program) -> list[Check]:
+        """The two branches with different weights, put together by hand."""
+        return prove_branches(before, after)
+
     def apply(self, program: Program) -> Program:
         for site, settings in settings_by_site(program, self.plan).items():
             if settings.residual != "none":
@@ -56,7 +60,8 @@ def _branch(program: Program, name: str, settings: LayerSettings, plan: Plan) ->
     dense = root.get_submodule(name)
     assert isinstance(dense, fx.GraphModule)
     region = region_of(dense)
-    assert region is not None and isinstance(call.args[0], fx.Node)
+    assert region is not None
+    assert isinstance(call.args[0], fx.Node)
     branch = _add_branch(program, dense, name, region)
     with root.graph.inserting_after(call):
         beside = root.graph.call_module(branch, call.args)
@@ -106,7 +111,8 @@ def _mix(
 def _mix_region(x: fx.Node, region: Region, settings: LayerSettings, plan: Plan) -> fx.GraphModule:
     """`c = softmax(linear(x)); y = experts * c[..., :1] + dense * c[..., 1:]`."""
     value = tensor(x)
-    assert value is not None and plan.moe is not None
+    assert value is not None
+    assert plan.moe is not None
     owner, graph = root_module(), fx.Graph()
     generator = torch.Generator().manual_seed(seed_of(plan.moe.seed, region.index, "mix"))
     weight = torch.randn(2, int(value.shape[-1]), generator=generator) * settings.router_std
@@ -120,9 +126,7 @@ def _mix_region(x: fx.Node, region: Region, settings: LayerSettings, plan: Plan)
     c = graph.call_function(aten.softmax.int, (h, -1))
     first = graph.call_function(aten.slice.Tensor, (c, -1, 0, 1))
     second = graph.call_function(aten.slice.Tensor, (c, -1, 1, 2))
-    parts = [
-        graph.call_function(aten.mul.Tensor, pair) for pair in ((experts, first), (dense, second))
-    ]
+    parts = [graph.call_function(aten.mul.Tensor, pair) for pair in ((experts, first), (dense, second))]
     total = graph.call_function(aten.add.Tensor, tuple(parts))
     graph.output(total)
     for node, name in ((h, "h"), (c, "c"), (parts[0], "e"), (parts[1], "d"), (total, "y")):

@@ -57,7 +57,8 @@ class _Builder:
         twin: ExpertLayer | None,
     ) -> None:  # fmt: skip
         region = region_of(dense)
-        assert region is not None and plan.moe is not None
+        assert region is not None
+        assert plan.moe is not None
         self.program, self.name, self.dense, self.settings, self.twin = program, name, dense, settings, twin
         self.region: Region = region
         self.seed = seed_of(plan.moe.seed, region.index, "experts")
@@ -134,8 +135,8 @@ class _Builder:
     def _assign(self, chosen: fx.Node) -> tuple[fx.Node, fx.Node]:
         s = self.settings
         table = self._call(
-            "table", self.experts.assign.default, chosen, s.experts, s.train_capacity, s.eval_capacity, s.min_capacity,
-            s.random_token_selection, self.training,
+            "table", self.experts.assign.default, chosen, s.experts, s.train_capacity, s.eval_capacity,
+            s.min_capacity, s.random_token_selection, self.training,
         )  # fmt: skip
         order, counts = self._items(table, "order", "counts")
         return order, counts
@@ -187,7 +188,8 @@ class _Builder:
         return copied
 
     def _shared(self, node: fx.Node) -> fx.Node:
-        """A weight that is not a product's (a learned slope, say): one for all experts; or `self.training`."""
+        """A weight that is not a product's (a learned slope, say): one for all experts; or
+        `self.training`."""
         if node.target == "training":
             return self.training
         value, target = weight_of(self.dense, node), str(node.target)
@@ -203,8 +205,8 @@ class _Builder:
     def _require_one_size(self, target: str, value: Tensor) -> None:
         if self.settings.init == "split" and value.numel() > 1:
             raise PassError(
-                self._where, f"init 'split' with {target} {list(value.shape)}, one number for each hidden unit, which all "
-                "experts would share", "no weights between up and down but single numbers",
+                self._where, f"init 'split' with {target} {list(value.shape)}, a weight for each hidden unit",
+                "no weights between up and down but single numbers, since all experts share them",
                 "init = 'copy', 'noise', 'partial' or 'fresh'",
             )  # fmt: skip
 
@@ -240,7 +242,8 @@ class _Builder:
     # the hidden units
 
     def _hidden_axes(self) -> tuple[dict[fx.Node, HiddenAxis | None], int]:
-        """Where the hidden units run through each product's matrix; only looked for when the init needs it."""
+        """Where the hidden units run through each product's matrix; only looked for when the init needs
+        it."""
         products = [n for n in self.dense.graph.nodes if is_call(n, aten.linear.default)]
         down = output(self.dense.graph).args[0]
         hidden = int(tensor(down.args[0]).shape[-1])  # type: ignore[union-attr]
@@ -260,8 +263,8 @@ class _Builder:
         blocks = [blocks_of(u, hidden) for u in units] if units is not None else [None]
         if any(b is None for b in blocks):
             raise PassError(
-                self._where, f"init '{self.settings.init}' on hidden units that "
-                "are not laid out one after another", "an up product whose outputs each reach one hidden unit, in order",
+                self._where, f"init '{self.settings.init}' on hidden units that are not laid out one after another",
+                "an up product whose outputs each reach one hidden unit, in order",
                 "init = 'copy', 'noise' or 'fresh'",
             )  # fmt: skip
         return [b for b in blocks if b is not None]

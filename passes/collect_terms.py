@@ -1,7 +1,6 @@
 """Gather the loss terms and loads of all expert layers into the program's output.
-
-before:  return logits
-after:   return logits, {"balance": 0.01 * balance_1 + 0.01 * balance_3, "z": …, "counts": {"moe_1": counts_1, …}}
+ before:  return logits after:   return logits, {"balance": 0.01 * balance_1 + 0.01 * balance_3, "z": …,
+"counts": {"moe_1": counts_1, …}}
 
 Weights of the terms are the plan's, layer by layer. A program without expert layers is left alone.
 
@@ -12,14 +11,19 @@ Contract: exact (the logits are untouched).
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from moec.ir import Pass, Program, region_of
+from moec.ir import Check, Pass, Program, region_of, regions
+from moec.ir.compare import EXACT, error_of, gradients_of, worst_gradient
 from moec.ir.graphs import output
+from moec.plan import LayerSettings
+
+from .by_hand import ByHand, Pair
 
 aten = torch.ops.aten
 
@@ -38,6 +42,51 @@ class CollectTerms(Pass):
             root.recompile()
         return program
 
+    def ensures(self, before: Program, after: Program) -> list[Check]:
+        """The terms against the plan's weights times what each expert layer gives; values and gradients."""
+        layers = regions(before.graph, "moe")
+        if not layers or any(p.is_meta for p in after.parameters()):
+            return []
+        pair = Pair.of(before, after)
+        by_hand = ByHand(pair.before, {})
+        by_hand.run(pair.tokens)
+        needed = _terms_by_hand(layers, by_hand.seen)
+        found = pair.after(pair.tokens)[1]
+        return _term_checks(pair, layers, by_hand.seen, needed, found)
+
+
+def _terms_by_hand(layers: Mapping[str, fx.GraphModule], seen: Mapping[str, Any]) -> dict[str, Tensor]:
+    totals = {"balance": torch.zeros((), dtype=torch.float64), "z": torch.zeros((), dtype=torch.float64)}
+    for name, module in layers.items():
+        region = region_of(module)
+        assert region is not None
+        known = {k: v for k, v in region.settings.items() if k in LayerSettings.model_fields}
+        settings, (_, balance, z, _) = LayerSettings(**known), seen[name]
+        totals["balance"] = totals["balance"] + settings.balance_weight * balance.cpu()
+        totals["z"] = totals["z"] + settings.z_loss * z.cpu()
+    return totals
+
+
+def _term_checks(
+    pair: Pair,
+    layers: Mapping[str, fx.GraphModule],
+    seen: Mapping[str, Any],
+    needed: dict[str, Tensor],
+    found: Mapping[str, Any],
+) -> list[Check]:
+    terms = {name: found[name] for name in needed}
+    checks = [
+        Check(f"{name} term", error_of(terms[name].detach().cpu(), needed[name].detach()), EXACT)
+        for name in needed
+    ]
+    if any(value.requires_grad for value in needed.values()):
+        leaves = dict(pair.after.named_parameters())
+        error, worst = worst_gradient(gradients_of(needed, leaves), gradients_of(terms, leaves))
+        checks.append(Check("gradients of the terms", error, EXACT, worst=worst))
+    same = list(found["counts"]) == list(layers)
+    wrong = [n for n in layers if not same or not torch.equal(found["counts"][n], seen[n][3])]
+    return [*checks, Check("counts", float(len(wrong)), 0.0, "int64", wrong[0] if wrong else "")]
+
 
 def _is_expert_layer(root: fx.GraphModule, node: fx.Node) -> bool:
     region = region_of(root.get_submodule(str(node.target))) if node.op == "call_module" else None
@@ -54,7 +103,9 @@ def _collect(root: fx.GraphModule, calls: list[fx.Node]) -> None:
             weights = {"balance": _balance_weight(region.settings), "z": region.settings["z_loss"]}
             for position, term in ((1, "balance"), (2, "z")):
                 if weights[term]:
-                    terms[term] = _plus(graph, terms[term], _item(graph, call, position, term, region.index), weights[term])
+                    terms[term] = _plus(
+                        graph, terms[term], _item(graph, call, position, term, region.index), weights[term]
+                    )
             terms["counts"][region.name] = _item(graph, call, 3, "counts", region.index)
         for term in ("balance", "z"):
             terms[term] = terms[term] if terms[term] is not None else _nothing(graph, term, calls[0])

@@ -1,7 +1,6 @@
 """First weights of experts, made from the dense feed-forward's: copy, noise, partial, split, fresh.
-
-Every function takes the dense matrix as [out, in] (a bias as [out]) and returns it with a leading expert axis. On
-`meta` only shapes are made.
+ Every function takes the dense matrix as [out, in] (a bias as [out]) and returns it with a leading expert
+axis. On `meta` only shapes are made.
 
 Sources: sparse upcycling, arXiv 2212.05055 (copy, noise); drop-upcycling, arXiv 2502.19261 (partial);
 MoEfication, arXiv 2110.01786 (split).
@@ -28,7 +27,8 @@ class HiddenAxis:
 
 @dataclass(frozen=True)
 class ExpertInit:
-    """Makes expert weights for one layer. `hidden`: hidden units F; `generator`: where new numbers come from."""
+    """Makes expert weights for one layer. `hidden`: hidden units F; `generator`: where new numbers come
+    from."""
 
     settings: LayerSettings
     hidden: int
@@ -56,7 +56,8 @@ class ExpertInit:
         return copies if axis is None else self._partly(copies, dense, axis)
 
     def _partly(self, copies: Tensor, dense: Tensor, axis: HiddenAxis) -> Tensor:
-        """Each expert draws its own share of hidden units anew, the same units in every tensor of the layer."""
+        """Each expert draws its own share of hidden units anew, the same units in every tensor of the
+        layer."""
         renewed = self.renewed_units()
         mask = renewed.repeat(1, axis.blocks) if self._in_runs(dense, axis) else _each(renewed, dense, axis)
         shape = [copies.shape[0], *[1] * dense.dim()]

@@ -1,9 +1,8 @@
 """Which hidden unit each row of an up product belongs to, found by evaluation.
-
-Between the up products and the down product stand pointwise operators and views, so every output of an up product
-reaches exactly one hidden unit; which one depends on the spelling (a fused gate and up may be two halves, or
-interleaved). Instead of knowing the spellings, ask the gradient: with cotangents that spell the binary digits of
-the unit's number, `log2(F)` backward passes read every row's unit at once.
+ Between the up products and the down product stand pointwise operators and views, so every output of an
+up product reaches exactly one hidden unit; which one depends on the spelling (a fused gate and up may be
+two halves, or interleaved). Instead of knowing the spellings, ask the gradient: with cotangents that
+spell the binary digits of the unit's number, `log2(F)` backward passes read every row's unit at once.
 
 Legend: U outputs of an up product, F hidden units.
 """
@@ -79,7 +78,8 @@ def _pull(out: Tensor, cotangent: Tensor, sample: list[Tensor]) -> list[Tensor]:
 
 
 def blocks_of(units: Tensor, hidden: int) -> int | None:
-    """How the units run through the rows: 1 (in order, or each unit's rows together), m (m times over), or None."""
+    """How the units run through the rows: 1 (in order, or each unit's rows together), m (m times over),
+    or None."""
     width = units.numel()
     if width % hidden:
         return None
@@ -130,8 +130,10 @@ def shrink_view(node: fx.Node, hidden: int, experts: int, where: str) -> None:
 
     def share(size: Any) -> Any:
         if not isinstance(size, int) or size % hidden:
-            raise PassError(where, f"init 'split' through {node.name} = {node.target}{node.args[1:]}",
-                            f"sizes that are multiples of the {hidden} hidden units", "init = 'copy', 'noise' or 'fresh'")  # fmt: skip
+            raise PassError(
+                where, f"init 'split' through {node.name} = {node.target}{node.args[1:]}",
+                f"sizes that are multiples of the {hidden} hidden units", "init = 'copy', 'noise' or 'fresh'",
+            )  # fmt: skip
         return size // experts
 
     args = list(node.args)

@@ -2,15 +2,14 @@
 
 before:  y = ffn_3(x)                    h = gelu(linear(x, up));  y = linear(h, down)
 after:   y, … = moe_3(x)                 weights, experts = route(linear(x, router))
-                                         rows = dispatch(x, experts)
-                                         h = gelu(grouped_linear(rows, up[E]));  out = grouped_linear(h, down[E])
-                                         y = combine(out, weights)
-
-One transformation for every feed-forward: each `linear` becomes a `grouped_linear` over rows sorted by expert, every
-other operator stays what it was. A layer with a residual branch has its branch lifted and keeps the dense part.
-
-Assumes: the region is closed (one value escapes) and acts on rows.
-Contract: exact when the chosen weights sum to one, every expert is a copy and nothing is dropped; exact for `split`
+                                         rows = dispatch(x, experts) h = gelu(grouped_linear(rows,
+                                         up[E]));  out = grouped_linear(h, down[E]) y = combine(out,
+                                         weights)
+ One transformation for every feed-forward: each `linear` becomes a `grouped_linear` over rows sorted by
+expert, every other operator stays what it was. A layer with a residual branch has its branch lifted and
+keeps the dense part.
+ Assumes: the region is closed (one value escapes) and acts on rows. Contract: exact when the chosen
+weights sum to one, every expert is a copy and nothing is dropped; exact for `split`
           when all experts are active; otherwise it changes the model.
 Source:  DeepSpeed-MoE, sections 3-4.
 """
@@ -53,7 +52,8 @@ class LiftExperts(Pass):
         return program
 
     def ensures(self, before: Program, after: Program) -> list[Check]:
-        """Each kind of expert layer against one token at a time through the dense feed-forward it came from."""
+        """Each kind of expert layer against one token at a time through the dense feed-forward it came
+        from."""
         return prove_experts(before, after)
 
 
@@ -62,7 +62,11 @@ def keeps_function(settings: LayerSettings) -> bool:
     if settings.train_capacity or settings.eval_capacity:
         return False
     if settings.init == "split":
-        return settings.top_k == settings.experts and settings.gate != "probability" and settings.noise != "jitter"
+        return (
+            settings.top_k == settings.experts
+            and settings.gate != "probability"
+            and settings.noise != "jitter"
+        )
     sums_to_one = settings.gate != "probability" or settings.top_k == settings.experts
     return settings.init == "copy" and sums_to_one
 
@@ -72,10 +76,14 @@ def _lift(
 ) -> None:
     index = region_of(program.graph.get_submodule(dense_name)).index  # type: ignore[union-attr]
     name = f"branch_{index}" if settings.residual != "none" else dense_name
-    call = next(node for node in program.graph.graph.nodes if node.op == "call_module" and node.target == name)
+    call = next(
+        node for node in program.graph.graph.nodes if node.op == "call_module" and node.target == name
+    )
     layer = build_experts(program, name, settings, plan, made)
     _replace_call(program, call, layer)
-    weights = [origin.source for leaf, origin in layer.origins.items() if origin.source and leaf.endswith("weight")]
+    weights = [
+        origin.source for leaf, origin in layer.origins.items() if origin.source and leaf.endswith("weight")
+    ]
     program.origins = _origins(program, name, layer)
     program.ledger = program.ledger.update(
         weights, status="rewritten", by="lift_experts", reason=describe(layer.name, settings)
@@ -104,7 +112,9 @@ def _origins(program: Program, old: str, layer: ExpertLayer) -> Origins:
 
 def describe(name: str, settings: LayerSettings) -> str:
     """The ledger's words for a lifted layer."""
-    kept = {"none": "", "sum": ", the dense part added", "learned": ", mixed with the dense part"}[settings.residual]
+    kept = {"none": "", "sum": ", the dense part added", "learned": ", mixed with the dense part"}[
+        settings.residual
+    ]
     made = {"copy": "copies", "noise": "noisy copies", "partial": "partly redrawn copies", "split": "slices"}
     how = made.get(settings.init, "fresh")
     return f"{name}: {settings.experts} experts ({how}), top-{settings.top_k}{kept}"

@@ -1,8 +1,7 @@
 """The source model itself, made sparse by hand: the truth that a compiled program is held to.
-
-Its chosen feed-forwards are replaced by modules that evaluate `moe_oracle`, one token at a time, with the weights
-that a program's expert layers start with. Nothing of the program's graph is used: only its weights, and, where
-training draws at random, what was drawn.
+ Its chosen feed-forwards are replaced by modules that evaluate `moe_oracle`, one token at a time, with
+the weights that a program's expert layers start with. Nothing of the program's graph is used: only its
+weights, and, where training draws at random, what was drawn.
 
 Legend: B batch, S sequence, T = B·S, D model, E experts, K chosen.
 """
@@ -28,8 +27,8 @@ Leaves = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Draws:
-    """What one expert layer drew at random in one run: the `jitter` factors [T, D], the `choices` of each token, and
-    the (token, choice) pairs that were `kept`; None where nothing is random."""
+    """What one expert layer drew at random in one run: the `jitter` factors [T, D], the `choices` of each
+    token, and the (token, choice) pairs that were `kept`; None where nothing is random."""
 
     jitter: Tensor | None = None
     choices: list[list[int]] | None = None
@@ -54,12 +53,13 @@ class ExpertsByHand(nn.Module):
         """x [B, S, D] → [B, S, D]."""
         s, leaves = self.settings, self.leaves
         learned = s.residual == "learned"
+        mix = (leaves["coefficient.weight"], leaves["coefficient.bias"]) if learned else None
         self.answer = moe_oracle(
-            self.ffn[0], self.states, x, leaves["router.weight"], top_k=s.top_k, gate=s.gate, bias=leaves.get("bias"),
-            capacity_factor=s.train_capacity if self.training else s.eval_capacity, min_capacity=s.min_capacity,
-            residual=s.residual, dense_state=self.dense if s.residual != "none" else None,
-            mix=(leaves["coefficient.weight"], leaves["coefficient.bias"]) if learned else None,
-            router_input=self._read(x), choices=self.draws.choices, kept=self.draws.kept,
+            self.ffn[0], self.states, x, leaves["router.weight"], top_k=s.top_k, gate=s.gate,
+            bias=leaves.get("bias"), capacity_factor=s.train_capacity if self.training else s.eval_capacity,
+            min_capacity=s.min_capacity, residual=s.residual, mix=mix,
+            dense_state=self.dense if s.residual != "none" else None, router_input=self._read(x),
+            choices=self.draws.choices, kept=self.draws.kept,
         )  # fmt: skip
         return self.answer.y
 
@@ -70,8 +70,9 @@ class ExpertsByHand(nn.Module):
 
 @dataclass
 class SparseSource:
-    """The source model with experts by hand: `model`, its own `parameters` by the user's names, the hand-made `layers`
-    by site, and the `leaves` they read, by the name of the program's parameter. Feed-forwards that share experts in the program share leaves here."""
+    """The source model with experts by hand: `model`, its own `parameters` by the user's names, the
+    hand-made `layers` by site, and the `leaves` they read, by the name of the program's parameter.
+    Feed-forwards that share experts in the program share leaves here."""
 
     recipe: DecoderRecipe
     model: Decoder
@@ -98,7 +99,8 @@ def sparse_source(
     recipe: DecoderRecipe, program: Program, settings: Mapping[int, LayerSettings],
     draws: Mapping[int, Draws] | None = None,
 ) -> SparseSource:  # fmt: skip
-    """The model of `recipe` (seed 0, fp64) with the feed-forwards of `settings` replaced, weights from `program`."""
+    """The model of `recipe` (seed 0, fp64) with the feed-forwards of `settings` replaced, weights from
+    `program`."""
     model = recipe.build(0, torch.float64)
     parameters = Leaves(model.named_parameters())
     blocks = cast(nn.ModuleList, model.get_submodule(recipe.names.blocks))
@@ -179,7 +181,8 @@ def _expert_states(
 
 
 def _slice_among_zeros(piece: Tensor, origin: Origin, expert: int) -> Tensor:
-    """The hidden units of one expert back in their places: each of the `blocks` runs is dealt out in order."""
+    """The hidden units of one expert back in their places: each of the `blocks` runs is dealt out in
+    order."""
     share = piece.shape[origin.dim] // origin.blocks
     shape = list(piece.shape)
     shape[origin.dim] *= origin.experts

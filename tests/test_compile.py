@@ -1,7 +1,7 @@
 """`moec.compile` on decoders and plans nobody wrote by hand: every program against the source model.
-
-A plan that keeps the function gives the source model's logits and gradients. Any other plan gives those of the
-source model with its chosen feed-forwards evaluated one token at a time (`sparse_source`). In fp64, to 1e-10.
+ A plan that keeps the function gives the source model's logits and gradients. Any other plan gives those
+of the source model with its chosen feed-forwards evaluated one token at a time (`sparse_source`). In
+fp64, to 1e-10.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Two graphs on the same tokens: the error of their logits, and of the gradient of every source parameter.
-
-Both run in fp64 (`in_dtype`), so that an exact rewrite differs by rounding only. Errors are relative to the scale of
-the reference; a gradient's scale is at least a tenth of the largest gradient, since some (a key's bias) are zero but
-for rounding.
+ Both run in fp64 (`in_dtype`), so that an exact rewrite differs by rounding only. Errors are relative to
+the scale of the reference; a gradient's scale is at least a tenth of the largest gradient, since some (a
+key's bias) are zero but for rounding.
 """
 
 from __future__ import annotations
@@ -45,7 +44,8 @@ def observe(root: fx.GraphModule, origins: Origins, tokens: Tensor) -> Observati
 def source_gradients(root: fx.GraphModule, origins: Origins) -> dict[str, Tensor]:
     """Gradients of `root`'s parameters, pulled back to the user's parameters by the chain rule.
 
-    Copies are added up, slices put together, transposed ones turned back; a weight read in two places counts once.
+    Copies are added up, slices put together, transposed ones turned back; a weight read in two places
+    counts once.
     """
     sums: dict[str, Tensor] = {}
     for name, value in root.named_parameters():
@@ -60,12 +60,13 @@ def comparisons(needed: Observation, found: Observation, *, gradients: bool = Tr
     """The checks `logits` and `gradients` (worst parameter named)."""
     checks = [Check("logits", error_of(found.logits, needed.logits), EXACT)]
     if gradients:
-        error, worst = _worst_gradient(needed.gradients, found.gradients)
+        error, worst = worst_gradient(needed.gradients, found.gradients)
         checks.append(Check("gradients", error, EXACT, worst=worst))
     return checks
 
 
-def _worst_gradient(needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
+def worst_gradient(needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest error among gradients, and whose it is; their scale is at least a tenth of the largest."""
     floor = GRADIENT_FLOOR * max((float(g.abs().max()) for g in needed.values() if g.numel()), default=0.0)
     worst, name = 0.0, ""
     for key, gradient in needed.items():
@@ -73,6 +74,18 @@ def _worst_gradient(needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
         if not error <= worst:
             worst, name = error, key
     return worst, name
+
+
+def gradients_of(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of the outputs; zeros for leaves that nothing depends on."""
+    generator = torch.Generator().manual_seed(5)
+    total = torch.zeros((), dtype=torch.float64)
+    for name in sorted(outputs):
+        weight = torch.randn(outputs[name].shape, generator=generator, dtype=torch.float64)
+        total = total.to(outputs[name].device) + (outputs[name] * weight.to(outputs[name].device)).sum()
+    drawn = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves.items(), drawn, strict=True)
+    return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs}
 
 
 def error_of(found: Tensor, needed: Tensor, floor: float = 0.0) -> float:

@@ -59,14 +59,15 @@ def moe_oracle(
 ) -> OracleAnswer:
     """Evaluate a mixture of experts the slow way.
 
-    `ffn`: the dense feed-forward, a module (called with `torch.func.functional_call`) or a function (state,
-    rows [1, D]) → [1, D]. `expert_states[e]`: expert e's parameters under the feed-forward's own names. x
-    [..., D]; `router` [E, D]; `bias` [E] takes part in choosing only. `capacity_factor` 0.0 keeps every
-    row. `dense_state`: the feed-forward kept beside the experts, for residual `sum` (added) and `learned`:
-    there the two are weighed by softmax(mix_weight · x + mix_bias), experts first, `mix` being (weight [2,
-    D], bias [2]). `router_input`: what the router reads instead of x (x detached, say). `choices` [T][K]
-    and `kept` (token, choice): what training drew at random, instead of the best scores and the first come.
-    Sources: DeepSpeed-MoE sections 3-4; GShard for the capacity rule; Switch Transformer for the balance term.
+    `ffn`: the dense feed-forward, a module (called with `torch.func.functional_call`) or a function
+    (state, rows [1, D]) → [1, D]. `expert_states[e]`: expert e's parameters under the feed-forward's own
+    names. x [..., D]; `router` [E, D]; `bias` [E] takes part in choosing only. `capacity_factor` 0.0
+    keeps every row. `dense_state`: the feed-forward kept beside the experts, for residual `sum` (added)
+    and `learned`: there the two are weighed by softmax(mix_weight · x + mix_bias), experts first, `mix`
+    being (weight [2, D], bias [2]). `router_input`: what the router reads instead of x (x detached, say).
+    `choices` [T][K] and `kept` (token, choice): what training drew at random, instead of the best scores
+    and the first come. Sources: DeepSpeed-MoE sections 3-4; GShard for the capacity rule; Switch
+    Transformer for the balance term.
     """
     rows_TD = x.reshape(-1, x.shape[-1])
     read_TD = rows_TD if router_input is None else router_input.reshape(rows_TD.shape)

@@ -39,7 +39,8 @@ class Origin:
         return self.source is not None and self.how in ("same", "copy", "split")
 
     def restore(self, value: Tensor) -> Tensor | None:
-        """The source tensor, or None when `value` no longer determines it (copies that have drifted apart)."""
+        """The source tensor, or None when `value` no longer determines it (copies that have drifted
+        apart)."""
         if not self.reversible:
             return None
         if self.how == "same":
@@ -48,7 +49,8 @@ class Origin:
         return dense.t().contiguous() if dense is not None and self.transposed else dense
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """The gradient of the source tensor, by the chain rule through how this parameter was made from it."""
+        """The gradient of the source tensor, by the chain rule through how this parameter was made from
+        it."""
         if not self.experts:
             return gradient
         dense = self.joined(gradient) if self.how == "split" else gradient.sum(0)

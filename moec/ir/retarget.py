@@ -1,7 +1,6 @@
 """The same graph in another floating dtype or on another device.
-
-A captured graph carries dtypes and devices as constants (`to(x, float32)`, `arange(S, device="cpu")`); moving its
-weights alone would leave those behind.
+ A captured graph carries dtypes and devices as constants (`to(x, float32)`, `arange(S, device="cpu")`);
+moving its weights alone would leave those behind.
 """
 
 from __future__ import annotations
@@ -14,14 +13,19 @@ from torch import Tensor, fx, nn
 from .graphs import fork, graph_modules
 
 
-def in_dtype(root: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """A copy of `root` whose weights, casts and constants are all of floating `dtype`; nothing is shared.
+def in_dtype(
+    root: fx.GraphModule, dtype: torch.dtype, converted: dict[int, Tensor] | None = None
+) -> fx.GraphModule:
+    """A copy of `root` whose weights, casts and constants are all of floating `dtype`; nothing is shared
+    with it.
 
-    Tied weights stay tied. In fp64 this is what rewrites are compared in: casts to fp32 inside the model widen too,
-    so what remains between two graphs is the rewrite alone.
+    Tied weights stay tied. In fp64 this is what rewrites are compared in: casts to fp32 inside the model
+    widen too, so what remains between two graphs is the rewrite alone. `converted`: id of a weight → the
+    one to use for it, added to; two graphs converted with the same table share, as before, the weights
+    they shared.
     """
     copied = fork(root)
-    _convert_weights(copied, dtype)
+    _convert_weights(copied, dtype, {} if converted is None else converted)
     for _, module in graph_modules(copied):
         for node in module.graph.nodes:
             _retype(node, dtype)
@@ -29,13 +33,14 @@ def in_dtype(root: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     return copied
 
 
-def _convert_weights(root: fx.GraphModule, dtype: torch.dtype) -> None:
-    converted: dict[int, Tensor] = {}
+def _convert_weights(root: fx.GraphModule, dtype: torch.dtype, converted: dict[int, Tensor]) -> None:
     for module in root.modules():
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
                 if value is not None:
-                    table[name] = converted.setdefault(id(value), _converted(value, dtype))
+                    if id(value) not in converted:
+                        converted[id(value)] = _converted(value, dtype)
+                    table[name] = converted[id(value)]
 
 
 def _converted(value: Tensor, dtype: torch.dtype) -> Tensor:
