@@ -47,7 +47,7 @@ class NameValues(Pass):
         takes, gives = _inputs(root), _position_words(root)
         for name, module in graph_modules(root):
             if name:
-                rename(module, region_names(module, takes[name], gives if name == "positions" else ()))
+                rename(module, region_names(module, takes[name], gives.get(name, ())))
         rename(root, _root_names(root))
         return program
 
@@ -70,14 +70,16 @@ def _input_word(root: fx.GraphModule, call: fx.Node, value: object, position: in
     return "x" if position == 0 else position_word(root, value) or "x"
 
 
-def _position_words(root: fx.GraphModule) -> list[str]:
-    """What the results of the region `positions` are called, in order."""
-    if "positions" not in dict(root.named_children()):
-        return []
-    call = next(node for node in root.graph.nodes if node.target == "positions")
-    items = {u.args[1]: u for u in call.users if u.target is operator.getitem}
-    results = [items[i] for i in sorted(items)] if items else [call]  # type: ignore[type-var]
-    return [position_word(root, node) or "v" for node in results]
+def _position_words(root: fx.GraphModule) -> dict[str, list[str]]:
+    """What the results of the region of positions are called, in order, by the name of the region."""
+    words = {}
+    for call in root.graph.nodes:
+        region = _region(root, call)
+        if region is not None and region.kind == "positions":
+            items = {u.args[1]: u for u in call.users if u.target is operator.getitem}
+            results = [items[i] for i in sorted(items)] if items else [call]  # type: ignore[type-var]
+            words[str(call.target)] = [position_word(root, node) or "v" for node in results]
+    return words
 
 
 def _root_names(root: fx.GraphModule) -> dict[fx.Node, str]:
@@ -89,7 +91,7 @@ def _root_names(root: fx.GraphModule) -> dict[fx.Node, str]:
     for node in nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        layer = layers.get(node)
+        layer = layers.get(node) if isinstance(node.meta.get("val"), Tensor) else None
         word = _word(root, node, node is last)
         found[node] = names.take(word, layer) if layer is not None else names.letter(word)
     return found | ({result: "logits"} if isinstance(result, fx.Node) else {})

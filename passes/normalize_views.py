@@ -20,7 +20,8 @@ import torch
 from torch import fx
 
 from moec.ir import Pass, Program
-from moec.ir.graphs import drop_unused
+from moec.ir.graphs import drop_unused, weight_of
+from moec.ir.outline import CONSTANTS
 from moec.ir.patterns import argument, call, for_each, replace, same_size, static, tensor
 
 aten = torch.ops.aten
@@ -40,6 +41,7 @@ class NormalizeViews(Pass):
 
     def apply(self, program: Program) -> Program:
         for_each(program.graph.graph, _rewrite)
+        for_each(program.graph.graph, lambda node: _lookup(program.graph, node))
         drop_unused(program.graph)
         return program
 
@@ -139,6 +141,32 @@ def _expand(node: fx.Node) -> None:
         if same_size(before.shape[i], size):
             sizes[new + i] = -1
     node.update_arg(1, sizes)
+
+
+def _lookup(root: fx.GraphModule, node: fx.Node) -> None:
+    """`x[..., [4, 5]]` with a constant list of neighbours is a slice."""
+    if node.target is not aten.index.Tensor:
+        return
+    value, lists = tensor(node.args[0]), [i for i in enumerate(node.args[1]) if i[1] is not None]  # type: ignore[arg-type]
+    run = _neighbours(root, lists[0][1]) if len(lists) == 1 else None
+    if value is None or run is None:
+        return
+    dim = lists[0][0] - (value.dim() if lists[0][0] >= 2 else 0)
+    size = value.shape[dim]
+    if isinstance(size, int):
+        start = run[0] % size
+        replace(node, call(node, aten.slice.Tensor, (node.args[0], dim, start, start + len(run))))
+
+
+def _neighbours(root: fx.GraphModule, node: Any) -> list[int] | None:
+    """The numbers of a constant list of neighbours, counted all from the start or all from the end."""
+    value = weight_of(root, node) if isinstance(node, fx.Node) else None
+    known = value is not None and str(node.target).startswith(CONSTANTS) and not value.is_meta
+    if not known or value.dim() != 1 or value.dtype is torch.bool:  # type: ignore[union-attr]
+        return None
+    run = [int(i) for i in value.tolist()]  # type: ignore[union-attr]
+    one_side = bool(run) and (run[0] >= 0 or run[-1] < 0)
+    return run if one_side and run == list(range(run[0], run[0] + len(run))) else None
 
 
 def _count_from_the_end(node: fx.Node) -> None:

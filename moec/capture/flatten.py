@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 
 from moec.errors import CaptureError
 from moec.ir import Origin, Origins
-from moec.ir.graphs import place, root_module
+from moec.ir.graphs import graph_module, place, root_module
 
 WRAPPER = "model."
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -60,7 +60,7 @@ class _Builder:
             if node is not tokens:
                 self.env[node] = self._weight(node, specs[node.name])
         self._copy(nodes, self.exported.graph_module)
-        return fx.GraphModule(self.owner, self.graph)
+        return graph_module(self.owner, self.graph)
 
     def _weight(self, node: fx.Node, spec: Any) -> fx.Node | None:
         if not node.users:
@@ -122,7 +122,10 @@ class _Builder:
 
 
 def _is_block(node: fx.Node) -> bool:
-    return node.op == "call_function" and str(node.target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+    return node.op == "call_function" and str(node.target) in (
+        "wrap_with_set_grad_enabled",
+        "wrap_with_autocast",
+    )
 
 
 def _read(owner: nn.Module, target: str) -> Any:

@@ -14,7 +14,22 @@ from .region import region_of
 def fork(root: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph and all its regions that shares every parameter and buffer with `root`."""
     tensors = [*root.parameters(), *root.buffers()]
-    return copy.deepcopy(root, {id(tensor): tensor for tensor in tensors})
+    return _as_persistent_as(root, copy.deepcopy(root, {id(tensor): tensor for tensor in tensors}))
+
+
+def graph_module(owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule over the weights of `owner`; buffers that stay out of the state dict go on doing so."""
+    return _as_persistent_as(owner, fx.GraphModule(owner, graph))
+
+
+def _as_persistent_as(source: nn.Module, copied: fx.GraphModule) -> fx.GraphModule:
+    """`torch.fx` forgets which buffers are not persistent whenever it makes a GraphModule; remember it here."""
+    present = dict(copied.named_modules())
+    for name, module in source.named_modules():
+        if name in present:
+            kept = module._non_persistent_buffers_set & present[name]._buffers.keys()
+            present[name]._non_persistent_buffers_set = kept
+    return copied
 
 
 def graph_modules(root: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
@@ -90,7 +105,7 @@ def _holds_anything(module: nn.Module) -> bool:
 
 
 def root_module() -> nn.Module:
-    """An empty owner for a new graph; `fx.GraphModule(root_module(), graph)` copies nothing from it."""
+    """An empty owner for a new graph; `graph_module(root_module(), graph)` copies nothing from it."""
     return nn.Module()
 
 

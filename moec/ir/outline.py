@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, fx
 
-from .graphs import place, root_module, weight_of
+from .graphs import graph_module, place, root_module, weight_of
 from .origins import Origins
 from .region import Region
 
 NameWeight = Callable[[str], str]
+CONSTANTS = "constants."  # where the capture puts tensors that a model makes on the way
 
 
 def parameter_only(graph: fx.Graph) -> set[fx.Node]:
@@ -24,7 +25,9 @@ def parameter_only(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "get_attr" or (node.op == "call_function" and inputs and all(n in found for n in inputs)):
+        if node.op == "get_attr" or (
+            node.op == "call_function" and inputs and all(n in found for n in inputs)
+        ):
             found.add(node)
     return found
 
@@ -32,7 +35,11 @@ def parameter_only(graph: fx.Graph) -> set[fx.Node]:
 def external_inputs(nodes: Sequence[fx.Node], weights: set[fx.Node]) -> list[fx.Node]:
     """What `nodes` read that is neither one of them nor a weight expression, in order of first use."""
     inside = set(nodes)
-    return list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n not in weights))
+    return list(
+        dict.fromkeys(
+            n for node in nodes for n in node.all_input_nodes if n not in inside and n not in weights
+        )
+    )
 
 
 def outline(
@@ -71,7 +78,11 @@ def _free_name(root: fx.GraphModule, wanted: str) -> str:
 
 
 def _insert_call(
-    root: fx.GraphModule, name: str, region: Region, inputs: Sequence[tuple[fx.Node, str]], outputs: Sequence[fx.Node]
+    root: fx.GraphModule,
+    name: str,
+    region: Region,
+    inputs: Sequence[tuple[fx.Node, str]],
+    outputs: Sequence[fx.Node],
 ) -> fx.Node:
     graph = root.graph
     with graph.inserting_before(outputs[0]):
@@ -87,8 +98,6 @@ def _insert_call(
         item.meta = dict(value.meta)
         value.replace_all_uses_with(item, propagate_meta=False)
     return call
-
-
 
 
 class _Builder:
@@ -110,7 +119,7 @@ class _Builder:
             self._copy(node)
         results = tuple(self.env[node] for node in outputs)
         self.graph.output(results[0] if len(results) == 1 else results)
-        return fx.GraphModule(self.owner, self.graph)
+        return graph_module(self.owner, self.graph)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node not in self.env:
@@ -154,14 +163,20 @@ def _moved_origins(root: fx.GraphModule, origins: Origins, name: str, placed: di
 
 
 def relative_names(targets: Iterable[str]) -> dict[str, str]:
-    """Weight names relative to what they have in common: `h.0.attn.c_proj.weight` → `c_proj.weight`."""
+    """Weight names relative to what they have in common: `h.0.attn.c_proj.weight` → `c_proj.weight`.
+
+    Constants of the capture, which have no name in the user's model, are all called `constant`.
+    """
     names = list(targets)
-    paths = [name.split(".") for name in names]
+    paths = [name.split(".") for name in names if not name.startswith(CONSTANTS)]
     shared = 0
-    while all(len(p) > shared + 1 for p in paths) and len({p[shared] for p in paths}) == 1:
+    while paths and all(len(p) > shared + 1 for p in paths) and len({p[shared] for p in paths}) == 1:
         shared += 1
-    shared = min(shared, min((len(p) - 2 for p in paths), default=0)) if paths else 0
-    return {name: ".".join(path[max(shared, 0) :]) for name, path in zip(names, paths, strict=True)}
+    shared = max(min([shared, *(len(p) - 2 for p in paths)]), 0)
+    return {
+        name: "constant" if name.startswith(CONSTANTS) else ".".join(name.split(".")[shared:])
+        for name in names
+    }
 
 
 def tensors_read(root: fx.GraphModule, nodes: Iterable[fx.Node], weights: set[fx.Node]) -> list[str]:

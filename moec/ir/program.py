@@ -248,6 +248,11 @@ def _to_structural_names(module: nn.Module, state: dict[str, Any], prefix: str, 
         public = prefix + module._public(name)
         if public not in structural:
             state.pop(public, None)
+    for name in {*module.source.aliases, *module.source.unused}:
+        if prefix + name not in structural:
+            state.pop(
+                prefix + name, None
+            )  # tied names and what the forward never reads: nothing to load into
 
 
 def _irreversible(lost: dict[str, str]) -> VerifyError:
