@@ -50,7 +50,12 @@ MOE = {
     "init": "copy",
 }
 PYRAMID = {"experts": 4, "residual": "learned", "override": [{"layers": "-1:", "experts": 8}]}
-VARIANTS: Mapping[str, Mapping[str, Any] | None] = {"dense": None, "MoE": MOE, "PR-MoE": MOE | PYRAMID}
+VARIANTS: Mapping[str, Mapping[str, Any] | None] = {
+    "dense": None,
+    "MoE": MOE,
+    "PR-MoE": MOE | PYRAMID,
+    "PR-MoE, straight-through": MOE | PYRAMID | {"gate": "straight-through"},  # the demo's plan
+}
 TRAIN = Train(
     steps=600, batch=16, sequence=64, lr=3e-3, warmup=60, betas=(0.9, 0.99), eval_every=200,
     eval_batches=16, save_every=0, log_every=100,
@@ -113,9 +118,22 @@ class Results:
     def __init__(self, path: Path, settings: Train) -> None:
         self.path, self.conditions = path, conditions(settings)
         self.runs: list[Run] = []
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if kept is not None and kept["conditions"] == self.conditions:
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self._require_same_conditions(kept["conditions"])
             self.runs = [Run(**run) for run in kept["runs"]]
+
+    def _require_same_conditions(self, kept: Mapping[str, Any]) -> None:
+        """Runs under other conditions do not belong into one table, and are not to be lost either."""
+        # A variant more does not touch the others.
+        now = {**self.conditions, "variants": {**kept["variants"], **self.conditions["variants"]}}
+        then = {**kept, "variants": {**self.conditions["variants"], **kept["variants"]}}
+        differing = [key for key in now if now[key] != then.get(key)]
+        if differing:
+            raise SystemExit(
+                f"{self.path}: runs under another {', '.join(differing)}; "
+                "give --out another file (and --pages nothing), or remove this one"
+            )
 
     def has(self, variant: str, seed: int) -> bool:
         """Whether this run is among the finished ones."""

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+import moec
+from examples import gpt
+from moec.testing import assert_golden
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -79,3 +84,26 @@ def test_every_link_to_a_file_leads_to_one() -> None:
         if "://" not in target and not (page.parent / target).exists()
     ]
     assert not missing
+
+
+@pytest.mark.golden
+def test_the_readme_shows_the_program_as_it_is() -> None:
+    readme = ROOT / "README.md"
+    torch.manual_seed(0)
+    program = moec.compile(gpt.small(), plan=ROOT / "examples" / "pr_moe.toml", verify="off")
+    before, after = program.text("structured"), program.text()
+    shown = [
+        _part_with("def ffn_0(", before),
+        _part_with("def moe_1(", after),
+        _part_with("def mix_1(", after),
+        _part_with("# block 1 ", after, between="\n\n"),
+    ]
+    begin, end = (f"<!-- before and after: {edge} -->" for edge in ("begin", "end"))
+    fence = "```"  # not marked `python`: parts of a program do not run by themselves
+    excerpt = "\n\n".join(shown)
+    head, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+    assert_golden(f"{head}{begin}\n\n{fence}py\n{excerpt}\n{fence}\n\n{end}{rest.partition(end)[2]}", readme)
+
+
+def _part_with(line: str, text: str, between: str = "\n\n\n") -> str:
+    return next(part.strip("\n") for part in text.split(between) if line in part)
