@@ -69,7 +69,7 @@ class Program(nn.Module):
         super().__init__()
         self.graph = graph
         self.source, self.origins, self.stage, self.plan = source, origins, stage, plan
-        self.ledger = ledger or Ledger()
+        self.ledger = Ledger() if ledger is None else ledger  # one without rows is false, and may hold notes
         self.certificates = certificates
         self._snapshots = dict(snapshots or {})
         self.texts = dict(texts or {})
