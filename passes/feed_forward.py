@@ -98,7 +98,13 @@ def read_feed_forward(
     if isinstance(ups, Refusal):
         return ups
     found = FeedForward(root=ups[0].args[0], down=down, ups=ups)  # type: ignore[arg-type]
-    problem = _rows(graph, found) or _inner(graph, found, says) or _escape(found) or _linear(found, says) or _overlap(found, claimed)
+    problem = (
+        _rows(graph, found)
+        or _inner(graph, found, says)
+        or _escape(found)
+        or _linear(found, says)
+        or _overlap(found, claimed)
+    )
     if problem is not None:
         return problem
     claimed.update(found.nodes)
@@ -130,7 +136,8 @@ def is_pointwise(node: fx.Node) -> bool:
     """Whether a call acts on each element by itself."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and (
-        torch.Tag.pointwise in target.tags or target in (aten.gelu.default, aten.glu.default, aten.prelu.default)
+        torch.Tag.pointwise in target.tags
+        or target in (aten.gelu.default, aten.glu.default, aten.prelu.default)
     )
 
 
@@ -168,12 +175,14 @@ def _sharing_one_root(
     if len(roots) == 1:
         # Reaching past the root is no problem; stopping at something else is.
         if blocked is not None and blocked is not roots[0] and not _is_behind(blocked, roots[0]):
-            return Refusal(f"a product shares its input with `{blocked.name}`, which is not pointwise", near_miss=True)
+            return Refusal(
+                f"a product shares its input with `{blocked.name}`, which is not pointwise", near_miss=True
+            )
         return reached
     if blocked is not None:
         return Refusal(f"its input also comes from `{blocked.name}`, which is not pointwise", near_miss=True)
     names = " and ".join(f"`{r.name}`" for r in roots[:2])  # type: ignore[union-attr]
-    return Refusal(f"its products do not share one input: {names}", near_miss=True)
+    return Refusal(f"its products have different inputs: {names}", near_miss=True)
 
 
 def _is_behind(node: fx.Node, root: Any) -> bool:
@@ -270,4 +279,6 @@ def _linear(found: FeedForward, says: set[fx.Node]) -> Refusal | None:
 
 def _overlap(found: FeedForward, claimed: set[fx.Node]) -> Refusal | None:
     taken = next((node for node in found.nodes if node in claimed), None)
-    return Refusal(f"`{taken.name}` already belongs to another feed-forward", near_miss=True) if taken else None
+    return (
+        Refusal(f"`{taken.name}` already belongs to another feed-forward", near_miss=True) if taken else None
+    )

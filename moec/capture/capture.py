@@ -21,7 +21,9 @@ from .flatten import flatten
 from .signature import Adapted, adaptations, sample_tokens
 
 
-def capture(model: nn.Module | ExportedProgram, *, example_inputs: Any = None, dtype: torch.dtype | None = None) -> Program:
+def capture(
+    model: nn.Module | ExportedProgram, *, example_inputs: Any = None, dtype: torch.dtype | None = None
+) -> Program:
     """Turn `model` (tokens [B, S] → logits [B, S, V]) into a flat graph over its own, copied weights.
 
     `model`: any nn.Module decoder, a Hugging Face causal LM, an `fx.GraphModule`, or an `ExportedProgram`;
@@ -30,7 +32,9 @@ def capture(model: nn.Module | ExportedProgram, *, example_inputs: Any = None, d
     """
     module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
     if not isinstance(module, nn.Module):
-        raise CaptureError("compile(model)", f"{type(module).__name__}", "an nn.Module, fx.GraphModule or ExportedProgram")
+        raise CaptureError(
+            "compile(model)", f"{type(module).__name__}", "an nn.Module, fx.GraphModule or ExportedProgram"
+        )
     module = _own_copy(module, dtype)
     adapted, exported, notes = _export(module, example_inputs)
     graph, origins = flatten(exported, module)
@@ -78,7 +82,11 @@ def _present(origins: Origins, graph: fx.GraphModule) -> Origins:
 
 
 def _source(
-    model: nn.Module, graph: fx.GraphModule, origins: Origins, exported: ExportedProgram, notes: tuple[str, ...]
+    model: nn.Module,
+    graph: fx.GraphModule,
+    origins: Origins,
+    exported: ExportedProgram,
+    notes: tuple[str, ...],
 ) -> Source:
     logits = output(graph.graph).args[0].meta["val"]  # type: ignore[union-attr]
     used = {origin.source for origin in _present(origins, graph).values()}
@@ -93,8 +101,14 @@ def _the_rest(model: nn.Module, used: set[str]) -> tuple[dict[str, str], dict[st
     """Tied names, and state the forward never reads, so that the dense state dict can be complete again."""
     state = model.state_dict(keep_vars=True)
     kept = {id(state[name]): name for name in state if name in used}
-    aliases = {name: kept[id(value)] for name, value in state.items() if name not in used and id(value) in kept}
-    unused = {n: v.detach() for n, v in state.items() if n not in used and n not in aliases and isinstance(v, Tensor)}
+    aliases = {
+        name: kept[id(value)] for name, value in state.items() if name not in used and id(value) in kept
+    }
+    unused = {
+        n: v.detach()
+        for n, v in state.items()
+        if n not in used and n not in aliases and isinstance(v, Tensor)
+    }
     return aliases, unused
 
 

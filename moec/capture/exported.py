@@ -26,6 +26,8 @@ def export_tokens_to_logits(adapted: Adapted, tokens: Tensor) -> tuple[ExportedP
     """The exported program and notes about how it was made; raises `CaptureError` with torch's own reason."""
     try:
         return _export(adapted, tokens, training=True), ()
+    except CaptureError:
+        raise
     except Exception as first:
         try:
             exported = _export(adapted, tokens, training=False)

@@ -8,6 +8,7 @@ remembers the user's module path and source line.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -31,12 +32,32 @@ def flatten(exported: ExportedProgram, model: nn.Module) -> tuple[fx.GraphModule
 
 
 def _refuse_mutation(exported: ExportedProgram) -> None:
-    mutated = list(exported.graph_signature.buffers_to_mutate.values())
-    if mutated:
-        raise CaptureError(
-            "capture", f"forward writes to the buffer {mutated[0].removeprefix(WRAPPER)}",
-            "a forward without side effects (turn caches and running statistics off)",
-        )  # fmt: skip
+    """Refuse writes to weights and buffers, also through views of them."""
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    for node in exported.graph.nodes:
+        source = _written(node)
+        if source is not None and source.op == "placeholder":
+            name = str(specs[source.name].target or "its input").removeprefix(WRAPPER)
+            raise CaptureError(
+                "capture", f"forward writes to the buffer {name}",
+                "a forward without side effects (turn caches and running statistics off)",
+            )  # fmt: skip
+
+
+def _written(node: fx.Node) -> fx.Node | None:
+    """The value whose memory a call writes to, or None when it writes to none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return None
+    source = node.args[0]
+    while isinstance(source, fx.Node) and source.op == "call_function" and _is_view(source):
+        source = source.args[0]
+    return source if isinstance(source, fx.Node) else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
 
 
 class _Builder:
@@ -48,6 +69,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.origins: dict[str, Origin] = {}
         self.env: dict[fx.Node, Any] = {}
+        self.structural: dict[str, str] = {}
         self.first_name = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
 
     def build(self) -> fx.GraphModule:
@@ -66,7 +88,7 @@ class _Builder:
         if not node.users:
             return None
         name, value, persistent = self._stored(spec)
-        structural = safe_name(name)
+        structural = self.structural.setdefault(name, safe_name(name, set(self.structural.values())))
         place(self.owner, structural, value, persistent=persistent)
         if persistent:
             self.origins[structural] = Origin(name)
@@ -135,11 +157,18 @@ def _read(owner: nn.Module, target: str) -> Any:
     return value
 
 
-def safe_name(name: str) -> str:
-    """`name`, with its first atom changed when a GraphModule already means something by it (`graph`, `code`)."""
-    first, *rest = name.split(".")
-    taken = hasattr(fx.GraphModule, first) or first in ("training", "graph")
-    return ".".join([f"{first}_" if taken else first, *rest])
+def safe_name(name: str, taken: Collection[str] = ()) -> str:
+    """`name` as a path of plain words that no other weight in `taken` has.
+
+    The first word is changed when a GraphModule already means something by it (`graph`, `code`), and so is every
+    character that could not stand in generated code (quotes, line ends).
+    """
+    first, *rest = ("".join(c if c.isalnum() else "_" for c in atom) or "_" for atom in name.split("."))
+    own = hasattr(fx.GraphModule, first) or first in ("training", "graph")
+    safe = ".".join([f"{first}_" if own else first, *rest])
+    while safe in taken:
+        safe += "_"
+    return safe
 
 
 def _path(node: fx.Node) -> str:

@@ -22,7 +22,9 @@ TARGET_NAMES = ("targets", "target", "labels", "y")
 class Adapted(nn.Module):
     """`forward(tokens) -> logits` around a user's model; parameters keep their names below `model.`."""
 
-    def __init__(self, model: nn.Module, tokens_as: str | None, targets_as: str | None, fixed: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, tokens_as: str | None, targets_as: str | None, fixed: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.model = model
         self._tokens_as, self._targets_as, self._fixed = tokens_as, targets_as, fixed
@@ -52,7 +54,9 @@ def logits_of(out: Any, tokens: Tensor) -> Tensor:
     named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     if isinstance(named, Tensor):
         return named
-    values = list(out.values()) if isinstance(out, Mapping) else list(out) if isinstance(out, Sequence) else []
+    values = (
+        list(out.values()) if isinstance(out, Mapping) else list(out) if isinstance(out, Sequence) else []
+    )
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
             return value
@@ -83,7 +87,9 @@ def _fixed_keywords(parameters: Mapping[str, inspect.Parameter], example_inputs:
     """Constant keywords: no cache, and whatever the caller's example inputs fix beside the tokens."""
     fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    given = example_inputs if isinstance(example_inputs, Mapping) else dict(zip(names, _as_tuple(example_inputs)))
+    given = (
+        example_inputs if isinstance(example_inputs, Mapping) else dict(zip(names, _as_tuple(example_inputs)))
+    )
     for name, value in list(given.items())[1:]:
         if isinstance(value, Tensor) and name not in TARGET_NAMES:
             raise CaptureError(
@@ -102,11 +108,16 @@ def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
 
 
 def _require_nothing_else(
-    model: nn.Module, parameters: Mapping[str, inspect.Parameter], fixed: Mapping[str, Any], targets_as: str | None
+    model: nn.Module,
+    parameters: Mapping[str, inspect.Parameter],
+    fixed: Mapping[str, Any],
+    targets_as: str | None,
 ) -> None:
     empty = inspect.Parameter.empty
     ordinary = [
-        name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.default is empty
+        name
+        for name, p in parameters.items()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.default is empty
     ]
     unknown = [name for name in ordinary[1:] if name not in fixed and name != targets_as]
     if unknown:
@@ -119,7 +130,9 @@ def _require_nothing_else(
 
 def sample_tokens(example_inputs: Any, model: nn.Module) -> Tensor:
     """Tokens to trace with: the caller's, or zeros [2, 9] on the model's device."""
-    given = list(example_inputs.values()) if isinstance(example_inputs, Mapping) else _as_tuple(example_inputs)
+    given = (
+        list(example_inputs.values()) if isinstance(example_inputs, Mapping) else _as_tuple(example_inputs)
+    )
     if given and isinstance(given[0], Tensor) and given[0].dim() == 2 and min(given[0].shape) > 1:
         return given[0]
     if given and isinstance(given[0], Tensor) and given[0].dim() != 2:
