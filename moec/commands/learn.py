@@ -85,7 +85,9 @@ def _require_room(program: Program, settings: Train) -> None:
     limit = program.source.max_positions
     if limit is not None and settings.sequence > limit:
         found = f"sequences of {settings.sequence} tokens"
-        raise TrainError("train.sequence", found, f"at most {limit}, the model's limit", f"--sequence {limit}")
+        raise TrainError(
+            "train.sequence", found, f"at most {limit}, the model's limit", f"--sequence {limit}"
+        )
 
 
 def _again(run: Run) -> list[str]:

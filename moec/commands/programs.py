@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import moec
-from moec.errors import PlanError
+from moec.errors import ArtifactError, PlanError
 from moec.models import is_saved_program, open_model
 from moec.plan import Plan
 from moec.program import Program
@@ -40,7 +40,11 @@ def program_of(
         raise PlanError(
             "--plan", f"a plan for {name}, which is a saved program", "a model, or no plan: it has one"
         )
-    return moec.load(name, trust=trust)
+    try:
+        return moec.load(name, trust=trust)
+    except ArtifactError as error:
+        better = error.nearest.replace("trust=True", "--trust")  # the same thing in the words of this door
+        raise ArtifactError(error.where, error.found, error.needed, better) from error
 
 
 def shown_path(path: str | Path) -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 from moec.errors import MoecError
 
 STYLES = {"rewritten": "green", "refused": "yellow", "kept": "dim", "proved": "green", "stated": "yellow"}
+LAST = 30  # characters that the last column is folded to, at the narrowest
 WIDE = 10_000  # a pipe has no width, so nothing is folded there
 
 
@@ -43,7 +44,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     """Aligned columns, whole numbers to the right; on a terminal the last column is folded to fit."""
     rows = [list(row) for row in rows]
     console = Console(highlight=False)
-    console.width = console.width if console.is_terminal else WIDE
+    console.width = _width(columns, rows, console.width) if console.is_terminal else WIDE
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for place, name in enumerate(columns):
         numbers = bool(rows) and all(isinstance(row[place], int) for row in rows)
@@ -55,6 +56,13 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
         console.print(table)
     for line in captured.get().splitlines():
         print(line.rstrip())
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[object]], room: int) -> int:
+    """What all columns but the last need, and some for that one: rich would crop, a terminal wraps."""
+    table = [columns, *rows]
+    fixed = sum(max(len(_cell(row[place])) for row in table) + 2 for place in range(len(columns) - 1))
+    return max(room, fixed + LAST)
 
 
 def _cell(value: object) -> Text:
