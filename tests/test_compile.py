@@ -20,7 +20,7 @@ from moec.plan import LayerSettings, Plan
 from moec.testing import DecoderRecipe, decoders_and_plans
 from moec.testing.same_function import compare, compare_gradients
 
-PAIRS = settings.default.max_examples  # of each kind: 100 pairs by default, 1000 in the nightly profile
+PAIRS = settings.default.max_examples // 2  # of each kind: 50 pairs by default, 500 in the nightly profile
 TOLERANCE = 1e-10
 SHAPES = ((2, 5), (1, 1), (1, 7))
 

@@ -37,7 +37,8 @@ def observe(root: fx.GraphModule, origins: Origins, tokens: Tensor) -> Observati
         out = wide(tokens)
         logits = out[0] if isinstance(out, tuple) else out
         cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        (logits * cotangent.to(logits.device)).sum().backward()
+        if logits.requires_grad:
+            (logits * cotangent.to(logits.device)).sum().backward()
     return Observation(logits.detach(), source_gradients(wide, origins))
 
 
@@ -83,6 +84,8 @@ def gradients_of(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) ->
     for name in sorted(outputs):
         weight = torch.randn(outputs[name].shape, generator=generator, dtype=torch.float64)
         total = total.to(outputs[name].device) + (outputs[name] * weight.to(outputs[name].device)).sum()
+    if not total.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     drawn = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), drawn, strict=True)
     return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs}
