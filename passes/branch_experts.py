@@ -3,7 +3,8 @@
 before:  y = ffn_3(x)
 after:   f = ffn_3(x);  b = branch_3(x);  y = f + b                      residual = "sum"
          f = ffn_3(x);  b = branch_3(x);  y = mix_3(x, b, f)             residual = "learned"
- `mix_3` weighs the branches by softmax(linear(x)), experts first. The branch starts as the feed-forward
+
+`mix_3` weighs the branches by softmax(linear(x)), experts first. The branch starts as the feed-forward
 itself and shares its weights until `lift_experts` gives it an expert axis.
 
 Assumes: stage *structured*.
@@ -14,6 +15,7 @@ Source:  DeepSpeed-MoE, section 4.1.1, Residual-MoE; the learned mix is that of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -116,7 +118,7 @@ def _mix_region(x: fx.Node, region: Region, settings: LayerSettings, plan: Plan)
     owner, graph = root_module(), fx.Graph()
     generator = torch.Generator().manual_seed(seed_of(plan.moe.seed, region.index, "mix"))
     weight = torch.randn(2, int(value.shape[-1]), generator=generator) * settings.router_std
-    where = {"dtype": value.dtype, "device": value.device}
+    where: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
     place(owner, "coefficient.weight", nn.Parameter(weight.to(**where)))
     place(owner, "coefficient.bias", nn.Parameter(torch.zeros(2, **where)))
     x_, experts, dense = (graph.placeholder(name) for name in ("x", "experts", "dense"))

@@ -263,7 +263,8 @@ class _Builder:
         blocks = [blocks_of(u, hidden) for u in units] if units is not None else [None]
         if any(b is None for b in blocks):
             raise PassError(
-                self._where, f"init '{self.settings.init}' on hidden units that are not laid out one after another",
+                self._where,
+                f"init '{self.settings.init}' on hidden units that are not laid out in order",
                 "an up product whose outputs each reach one hidden unit, in order",
                 "init = 'copy', 'noise' or 'fresh'",
             )  # fmt: skip

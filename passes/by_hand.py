@@ -1,6 +1,7 @@
 """Run the graph before a pass with something dumb in place of some regions, and compare the graph after
 with it.
- What a pass does to a region can be said in a few plain lines (one token at a time; two branches added
+
+What a pass does to a region can be said in a few plain lines (one token at a time; two branches added
 up). The rest of the graph, before the pass, is run as it stands: so a rewrite that is right by itself but
 sits in the wrong place, reads the wrong value or is added twice is seen as well, whatever the contract.
 """

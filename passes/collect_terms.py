@@ -1,6 +1,8 @@
 """Gather the loss terms and loads of all expert layers into the program's output.
- before:  return logits after:   return logits, {"balance": 0.01 * balance_1 + 0.01 * balance_3, "z": …,
-"counts": {"moe_1": counts_1, …}}
+
+before:  return logits
+after:   balance = 0.01 * balance_1 + 0.01 * balance_3
+         return logits, {"balance": balance, "z": …, "counts": {"moe_1": counts_1, …}}
 
 Weights of the terms are the plan's, layer by layer. A program without expert layers is left alone.
 

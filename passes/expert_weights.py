@@ -1,5 +1,6 @@
 """First weights of experts, made from the dense feed-forward's: copy, noise, partial, split, fresh.
- Every function takes the dense matrix as [out, in] (a bias as [out]) and returns it with a leading expert
+
+Every function takes the dense matrix as [out, in] (a bias as [out]) and returns it with a leading expert
 axis. On `meta` only shapes are made.
 
 Sources: sparse upcycling, arXiv 2212.05055 (copy, noise); drop-upcycling, arXiv 2502.19261 (partial);

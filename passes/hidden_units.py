@@ -1,5 +1,6 @@
 """Which hidden unit each row of an up product belongs to, found by evaluation.
- Between the up products and the down product stand pointwise operators and views, so every output of an
+
+Between the up products and the down product stand pointwise operators and views, so every output of an
 up product reaches exactly one hidden unit; which one depends on the spelling (a fused gate and up may be
 two halves, or interleaved). Instead of knowing the spellings, ask the gradient: with cotangents that
 spell the binary digits of the unit's number, `log2(F)` backward passes read every row's unit at once.
@@ -96,7 +97,7 @@ def inner_function(dense: fx.GraphModule, ups: list[fx.Node], down: fx.Node):  #
         env: dict[fx.Node, Any] = dict(zip(ups, values, strict=True))
         for node in dense.graph.nodes:
             if node is down:
-                return env[down.args[0]]  # type: ignore[index]
+                return env[down.args[0]]
             if node in env or node.op in ("placeholder", "output") or is_call(node, aten.linear.default):
                 continue
             env[node] = _evaluate(dense, node, env)
@@ -153,5 +154,9 @@ def shrink_view(node: fx.Node, hidden: int, experts: int, where: str) -> None:
 
 
 def _is_inside(args: Sequence[Any], position: int) -> bool:
-    """Whether a slice has a bound at `position` that is not an end of the dim."""
-    return len(args) > position and args[position] not in (None, 0) and args[position] < WHOLE_DIM
+    """Whether a slice has a bound at `position` that counts units: not an end of the dim, nor the place
+    within each unit's rows that a step begins from."""
+    if len(args) <= position or args[position] is None or args[position] >= WHOLE_DIM:
+        return False
+    step = args[4] if len(args) > 4 else 1
+    return bool(args[position] >= step if position == 2 and step > 1 else args[position] != 0)

@@ -1,16 +1,20 @@
 """Put an expert axis under each selected feed-forward.
 
-before:  y = ffn_3(x)                    h = gelu(linear(x, up));  y = linear(h, down)
-after:   y, … = moe_3(x)                 weights, experts = route(linear(x, router))
-                                         rows = dispatch(x, experts) h = gelu(grouped_linear(rows,
-                                         up[E]));  out = grouped_linear(h, down[E]) y = combine(out,
-                                         weights)
- One transformation for every feed-forward: each `linear` becomes a `grouped_linear` over rows sorted by
+before:  y = ffn_3(x)            h = gelu(linear(x, up));  y = linear(h, down)
+after:   y, … = moe_3(x)         weights, experts = route(router(x))
+                                 rows = dispatch(x, experts)
+                                 h = gelu(grouped_linear(rows, up[E]))
+                                 out = grouped_linear(h, down[E])
+                                 y = combine(out, weights)
+
+One transformation for every feed-forward: each `linear` becomes a `grouped_linear` over rows sorted by
 expert, every other operator stays what it was. A layer with a residual branch has its branch lifted and
-keeps the dense part.
- Assumes: the region is closed (one value escapes) and acts on rows. Contract: exact when the chosen
-weights sum to one, every expert is a copy and nothing is dropped; exact for `split`
-          when all experts are active; otherwise it changes the model.
+keeps the dense part. Slices (init `split`) multiply their hidden values by the number of experts, since the
+weights of the chosen sum to one; their weights are the source's own numbers.
+
+Assumes: the region is closed (one value escapes) and acts on rows.
+Contract: exact when the chosen weights sum to one, every expert is a copy and nothing is dropped; exact for
+          `split` when all experts are active; otherwise it changes the model.
 Source:  DeepSpeed-MoE, sections 3-4.
 """
 

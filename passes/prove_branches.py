@@ -1,5 +1,6 @@
 """The proof of residual branches: two feed-forwards with weights of their own, put together by hand.
- A branch starts with the very weights of the feed-forward beside it, which hides mistakes: it does not
+
+A branch starts with the very weights of the feed-forward beside it, which hides mistakes: it does not
 matter then which of the two gets which share. So the proof gives every branch, and every mix, random
 weights of its own.
 """
@@ -43,7 +44,7 @@ def _untie(branch: fx.GraphModule) -> None:
 
 def _both(branch: fx.GraphModule, mix: fx.GraphModule | None) -> StandIn:
     """f(x) + b(x), or b(x)·c₀ + f(x)·c₁ with c = softmax(linear(x)): experts first."""
-    state = dict(branch.named_parameters())
+    state: dict[str, Tensor] = dict(branch.named_parameters())
 
     def stand_in(dense: fx.GraphModule, x: Tensor) -> Tensor:
         f, b = dense(x), torch.func.functional_call(dense, state, (x,))

@@ -1,5 +1,6 @@
 """The proof of lifted layers: one token at a time through the dense feed-forwards they came from.
- Copies hide mistakes: with equal experts it does not matter which one a token reaches. So every proof
+
+Copies hide mistakes: with equal experts it does not matter which one a token reaches. So every proof
 runs on random, different experts and random routers, in fp64, and compares values and gradients with the
 oracle, which evaluates the dense region itself with the chosen expert's weights. Three proofs: each kind
 of layer by itself; the whole program, against the graph before with the oracle in place of the
@@ -84,10 +85,9 @@ def _settings(lifted: fx.GraphModule) -> LayerSettings:
 def _router_check(name: str, module: fx.GraphModule) -> Check:
     """Scores are computed in fp32 at least: a narrower router sends tokens elsewhere."""
     weight = module.get_parameter("router.weight")
-    values = [tensor(node) for node in module.graph.nodes if node.name == "scores"]
-    narrow = [
-        v.dtype for v in (weight, *values) if v is None or v.dtype.itemsize < 4 or not v.is_floating_point()
-    ]
+    scores = (tensor(node) for node in module.graph.nodes if node.name == "scores")
+    values = [weight, *(value for value in scores if value is not None)]
+    narrow = [v.dtype for v in values if v.dtype.itemsize < 4 or not v.is_floating_point()]
     return Check(
         f"{name}: the router's precision", float(len(narrow)), 0.0, "float32", f"{name}.router.weight"
     )

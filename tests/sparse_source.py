@@ -1,5 +1,6 @@
 """The source model itself, made sparse by hand: the truth that a compiled program is held to.
- Its chosen feed-forwards are replaced by modules that evaluate `moe_oracle`, one token at a time, with
+
+Its chosen feed-forwards are replaced by modules that evaluate `moe_oracle`, one token at a time, with
 the weights that a program's expert layers start with. Nothing of the program's graph is used: only its
 weights, and, where training draws at random, what was drawn.
 

@@ -1,5 +1,6 @@
 """`moec.compile` on decoders and plans nobody wrote by hand: every program against the source model.
- A plan that keeps the function gives the source model's logits and gradients. Any other plan gives those
+
+A plan that keeps the function gives the source model's logits and gradients. Any other plan gives those
 of the source model with its chosen feed-forwards evaluated one token at a time (`sparse_source`). In
 fp64, to 1e-10.
 """
@@ -9,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
-from sparse_source import Draws, Leaves, Recorder, gather, sparse_source
 from torch import Tensor, nn
 
 import moec
 from moec.ir.compare import source_gradients
-from moec.plan import LayerSettings, Plan
+from moec.plan import LayerSettings, Moe, Plan
 from moec.testing import DecoderRecipe, decoders_and_plans
+from moec.testing.parts.feed_forward import FUSED, FeedForwardRecipe
 from moec.testing.same_function import compare, compare_gradients
+from tests.sparse_source import Draws, Leaves, Recorder, gather, sparse_source
 
 PAIRS = settings.default.max_examples // 2  # of each kind: 50 pairs by default, 500 in the nightly profile
 TOLERANCE = 1e-10
@@ -158,3 +161,100 @@ def _add(sums: Leaves, program: moec.Program, name: str, value: Tensor) -> None:
 
 def _grads(named: Mapping[str, Tensor]) -> Leaves:
     return {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in named.items()}
+
+
+# corners
+
+PLAIN = DecoderRecipe(num_layers=2)
+CORNERS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "one token": ({"experts": 5, "top_k": 2, "init": "noise"}, (1, 1)),
+    "more experts than tokens": ({"experts": 17, "top_k": 3, "init": "noise"}, (1, 3)),
+    "all experts chosen": ({"experts": 3, "top_k": 3, "gate": "probability", "init": "fresh"}, (2, 5)),
+    "all tokens to one expert": ({"experts": 4, "router_std": 0.0, "init": "noise"}, (2, 5)),
+    "one expert takes all it may": (
+        {"experts": 4, "router_std": 0.0, "init": "noise", "capacity_factor": 1.0, "min_capacity": 0}, (2, 5),
+    ),
+    "nothing kept beyond one row": (
+        {"experts": 2, "top_k": 2, "init": "noise", "capacity_factor": 0.1, "min_capacity": 0}, (1, 7),
+    ),
+    "prime sizes": ({"experts": 7, "top_k": 5, "gate": "sigmoid", "init": "partial"}, (3, 5)),
+    "a slice of the units": ({"experts": 4, "top_k": 2, "init": "split", "residual": "sum"}, (2, 5)),
+    "one expert": ({"experts": 1, "gate": "probability", "init": "split"}, (2, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_corner(corner: str) -> None:
+    chosen, shape = CORNERS[corner]
+    plan = Plan(moe=Moe(layers="all", **chosen))
+    program = _compiled(PLAIN, plan)
+    for training in (False, True):
+        assert_as_by_hand(PLAIN, plan, program, PLAIN.tokens(1, *shape), training)
+
+
+@pytest.mark.parametrize("spelling", ["module", "addmm", "matmul", "einsum"])
+@pytest.mark.parametrize("fused", FUSED)
+def test_fused_gate_and_up_dealt_out(fused: str, spelling: str) -> None:
+    """Slices of a fused pair take the same units of both halves, biases included."""
+    ffn = FeedForwardRecipe(hidden=12, gating="fused", activation="silu", fused=fused, spelling=spelling)  # type: ignore[arg-type]
+    recipe = DecoderRecipe(num_layers=1, ffn=ffn)
+    plan = Plan(moe=Moe(layers="all", experts=3, top_k=2, init="split"))
+    assert_as_by_hand(recipe, plan, _compiled(recipe, plan), recipe.tokens(1, 2, 5), False)
+
+
+def test_empty_experts_learn_nothing_and_break_nothing() -> None:
+    plan = Plan(moe=Moe(layers="all", experts=9, init="noise", router_std=0.0))
+    program = _compiled(PLAIN, plan).train()
+    _, terms = program.run(PLAIN.tokens(1, 2, 5))
+    assert [int((counts > 0).sum()) for counts in terms["counts"].values()] == [1, 1]
+    program.loss(PLAIN.tokens(1, 2, 5)).backward()
+    gradient = dict(program.graph.named_parameters())["moe_0.up.weight"].grad
+    assert gradient is not None
+    assert bool(gradient[0].abs().sum() > 0)
+    assert not bool(gradient[1:].any())
+
+
+# randomness of training
+
+
+@pytest.mark.parametrize("noise", ["jitter", "rsample"])
+def test_noise_in_training_only(noise: str) -> None:
+    plan = Plan(
+        moe=Moe(
+            layers="all", experts=6, top_k=2, noise=noise, jitter=0.5, init="noise", init_noise=1.0,  # type: ignore[arg-type]
+            capacity_factor=0.5, random_token_selection=True, eval_capacity_factor="dropless",
+        )
+    )  # fmt: skip
+    program = _compiled(PLAIN, plan)
+    tokens = PLAIN.tokens(1, 3, 7)
+    state = torch.get_rng_state()
+    assert torch.equal(program.eval()(tokens), program(tokens))
+    assert torch.equal(torch.get_rng_state(), state), "evaluation drew random numbers"
+    noisy = [program.train()(tokens) for _ in range(2)]
+    assert not torch.equal(*noisy)
+    assert torch.equal(program.eval()(tokens), program(tokens))
+
+
+def test_jitter_is_drawn_anew_for_every_value() -> None:
+    plan = Plan(moe=Moe(layers="all", experts=2, noise="jitter", jitter=0.1))
+    recorder = Recorder(_compiled(PLAIN, plan).train().graph)
+    recorder.run(PLAIN.tokens(1, 3, 7))
+    for drawn in recorder.draws().values():
+        assert drawn.jitter is not None
+        assert drawn.jitter.unique().numel() == drawn.jitter.numel()
+        assert 0.05 < float((drawn.jitter - 1).abs().max()) <= 0.1
+
+
+# precision
+
+
+@settings(max_examples=max(4, PAIRS // 5))
+@given(decoders_and_plans(exact_only=True, dropout=False))
+def test_plans_that_keep_the_function_in_float32(pair: tuple[DecoderRecipe, Plan]) -> None:
+    """Also the decoders that cast to fp32 and back, in their own precision."""
+    recipe, plan = pair
+    model = recipe.build()
+    program = moec.compile(model, plan, verify="off")
+    tokens = recipe.tokens(1, 2, 5)
+    with torch.no_grad():
+        compare({"logits": program(tokens)}, {"logits": recipe.logits(model, tokens)}, None)

@@ -1,5 +1,6 @@
 """Rewrites with a deliberate mistake are each caught by `verify="full"`, which names the pass.
- Each mutation is a mistake that a person could make in the pass, put in place by monkeypatching; the last
+
+Each mutation is a mistake that a person could make in the pass, put in place by monkeypatching; the last
 test sees that the passes without one are let through.
 """
 

@@ -1,5 +1,6 @@
 """Two graphs on the same tokens: the error of their logits, and of the gradient of every source parameter.
- Both run in fp64 (`in_dtype`), so that an exact rewrite differs by rounding only. Errors are relative to
+
+Both run in fp64 (`in_dtype`), so that an exact rewrite differs by rounding only. Errors are relative to
 the scale of the reference; a gradient's scale is at least a tenth of the largest gradient, since some (a
 key's bias) are zero but for rounding.
 """

@@ -1,5 +1,6 @@
 """The same graph in another floating dtype or on another device.
- A captured graph carries dtypes and devices as constants (`to(x, float32)`, `arange(S, device="cpu")`);
+
+A captured graph carries dtypes and devices as constants (`to(x, float32)`, `arange(S, device="cpu")`);
 moving its weights alone would leave those behind.
 """
 
@@ -35,7 +36,8 @@ def in_dtype(
 
 def _convert_weights(root: fx.GraphModule, dtype: torch.dtype, converted: dict[int, Tensor]) -> None:
     for module in root.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, value in table.items():
                 if value is not None:
                     if id(value) not in converted:
