@@ -6,7 +6,6 @@ spot; how it is laid out is `demo_screen.py`'s affair.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,8 @@ from moec.runtime.sample import sample
 from moec.runtime.train import Trainer
 
 PLAN = Path(__file__).with_name("pr_moe.toml")
-PROMPT = "    def __init__(self, name, parent=None):\n"
+PROMPT = 'import os\nimport sys\n\n\ndef main(argv):\n    """'
+TEMPERATURE = 0.8
 
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Left out: as the plan says.")]
 Seconds = Annotated[float | None, typer.Option(min=1.0, help="As many steps as fit into this time.")]
@@ -40,7 +40,7 @@ def demo(
     seconds: Seconds = None,
     out: Out = Path("runs/demo"),
     prompt: Prompt = PROMPT,
-    length: Length = 400,
+    length: Length = 500,
 ) -> None:
     """Compile a GPT into a PR-MoE, train it on Python's standard library, sample from it, save it."""
     console, began = screen.open_console(), time.perf_counter()
@@ -126,8 +126,8 @@ def train(console: Console, program: moec.Program, settings: Train, data: TextDa
 
 def write_text(console: Console, program: moec.Program, settings: Train, prompt: str, length: int) -> None:
     """Sample from the program, byte by byte."""
-    screen.title(console, "A sample", f"{length} bytes after the prompt, at temperature 0.6")
-    text = sample(program, prompt, length, temperature=0.6, window=settings.sequence)
+    screen.title(console, "A sample", f"{length} bytes after the prompt, at temperature {TEMPERATURE}")
+    text = sample(program, prompt, length, temperature=TEMPERATURE, window=settings.sequence)
     screen.sample(console, prompt, text.decode("utf-8", errors="replace"))
 
 
@@ -149,7 +149,7 @@ def save_and_load(console: Console, program: moec.Program, data: TextData, folde
 def next_commands(saved: Path, folder: Path) -> dict[str, str]:
     """Commands that work as they stand here, and what each is for."""
     beside = Path(sys.executable).with_name("moec")
-    moec_ = os.path.relpath(beside) if beside.exists() else "python -m moec"
+    moec_ = _as_typed(beside) if beside.exists() else "python -m moec"
     longer = f"--steps 10000 --out {folder}-longer"
     return {
         f"{moec_} show {saved}": "read the program again",
@@ -159,6 +159,11 @@ def next_commands(saved: Path, folder: Path) -> dict[str, str]:
         f"{moec_} train examples/gpt.py:small --plan examples/{PLAN.name} {longer}": "let it learn more",
         f"{moec_} plans pr_moe": "a plan of the paper's size",
     }
+
+
+def _as_typed(path: Path) -> str:
+    """A path as one would type it: short where it is below the current folder."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def main() -> None:

@@ -127,18 +127,21 @@ def load(console: Console, counts: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def sample(console: Console, prompt: str, text: str) -> None:
-    """Sampled text, the prompt in another colour."""
+    """Sampled text, the prompt in another colour; what would steer a terminal is shown as �."""
     shown = Text(prompt, style="dim")
-    shown.append(text.removeprefix(prompt), style="bold")
+    shown.append(
+        "".join(c if c.isprintable() or c == "\n" else "�" for c in text.removeprefix(prompt)), "bold"
+    )
     console.print(shown, soft_wrap=True)
 
 
 def files(console: Console, folder: Path) -> None:
-    """The files of a folder with their sizes."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            console.print(f"  {name:<32} {path.stat().st_size:>12,} bytes", highlight=False)
+    """What lies in a folder, with sizes; a folder in it is one line."""
+    for path in sorted(folder.iterdir()):
+        inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in inside)
+        name = path.name if path.is_file() else f"{path.name}/ ({len(inside)} files)"
+        console.print(f"  {name:<24} {size:>12,} bytes", highlight=False)
 
 
 def next_commands(console: Console, commands: Mapping[str, str]) -> None:

@@ -154,3 +154,10 @@ def test_code_is_never_cut_or_broken() -> None:
     with console.capture() as captured:
         demo_screen.code(console, line)
     assert captured.get() == line + "\n"
+
+
+def test_sampled_text_cannot_steer_the_terminal() -> None:
+    console = Console(width=40, color_system=None)
+    with console.capture() as captured:
+        demo_screen.sample(console, "def ", "def f(\x1b[2J\r):\n    pass\x07")
+    assert captured.get() == "def f(�[2J�):\n    pass�\n"
