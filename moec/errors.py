@@ -63,7 +63,8 @@ class TrainError(MoecError):
 
 
 class OperatorError(MoecError):
-    """A `moec::` operator was called with arguments that mean nothing (top_k above the number of experts, …)."""
+    """A `moec::` operator was called with arguments that mean nothing (top_k above the number of experts,
+    …)."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

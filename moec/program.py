@@ -122,7 +122,8 @@ class Program(ir.Program):
         return fingerprint(self)
 
     def explain(self, about: str = "") -> str:
-        """What was done to each matrix product, and why not otherwise; `about`: a layer, region, weight or glob."""
+        """What was done to each matrix product, and why not otherwise; `about`: a layer, region, weight or
+        glob."""
         from moec.explain import explain
 
         return str(explain(self, about))

@@ -3,8 +3,8 @@
 before:  a = to(x, float32);  b = slice(a, 0, 0, end);  c = dropout(b, 0.0);  y = f(c)
 after:   y = f(x)
 
-Assumes: no operator writes in place. Casts are no-ops *in the dtype of the capture*; capture in the plan's dtype.
-Contract: exact.
+Assumes: no operator writes in place. Casts are no-ops *in the dtype of the capture*; capture in the plan's
+dtype. Contract: exact.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ aten = torch.ops.aten
 
 ASSERTIONS = {
     aten._assert_async.msg, aten._assert_async.default, aten._assert_scalar.default,
-    aten._assert_tensor_metadata.default, aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default,
+    aten._assert_tensor_metadata.default, aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
 }  # fmt: skip
 COPIES = {aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default, aten.clone.default}
 ANY_CAST = {
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten._to_copy.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
+    aten._to_copy.default,
 }  # fmt: skip
 SHAPED = {
     aten.view.default,
@@ -57,7 +59,8 @@ class DropNoops(Pass):
 
 
 def _relax_view(node: fx.Node) -> None:
-    """Without copies a view may meet a layout it cannot view; `reshape` is the same function on any layout."""
+    """Without copies a view may meet a layout it cannot view; `reshape` is the same function on any
+    layout."""
     if node.target in (aten.view.default, aten._unsafe_view.default):
         node.target = aten.reshape.default
 
@@ -112,11 +115,13 @@ def _is_full_slice(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
     start, end, step = (argument(node, i, n) for i, n in ((2, "start"), (3, "end"), (4, "step")))
+    if any(isinstance(bound, fx.Node) for bound in (start, end, step)):
+        return False
     return start in (None, 0) and (end is None or end == sys.maxsize) and step in (None, 1)
 
 
 def _is_empty_dropout(node: fx.Node) -> bool:
-    return node.target is aten.dropout.default and node.args[1] == 0.0
+    return node.target is aten.dropout.default and bool(node.args[1] == 0.0)
 
 
 def _is_neutral(node: fx.Node) -> bool:
@@ -126,7 +131,7 @@ def _is_neutral(node: fx.Node) -> bool:
         return False
     before, after = tensor(node.args[0]), tensor(node)
     same = before is not None and after is not None and before.dtype == after.dtype
-    return same and node.args[1] == neutral[node.target]  # type: ignore[index]
+    return same and bool(node.args[1] == neutral[node.target])
 
 
 def _is_single_repeat(node: fx.Node) -> bool:
@@ -137,7 +142,8 @@ def _is_single_repeat(node: fx.Node) -> bool:
 
 
 NOOPS: tuple[Callable[[fx.Node], bool], ...] = (
-    _is_copy, _is_cast_to_itself, _is_same_shape, _is_full_slice, _is_empty_dropout, _is_neutral, _is_single_repeat,
+    _is_copy, _is_cast_to_itself, _is_same_shape, _is_full_slice, _is_empty_dropout, _is_neutral,
+    _is_single_repeat,
 )  # fmt: skip
 
 

@@ -19,8 +19,10 @@ aten = torch.ops.aten
 
 # Changes of shape that may stand inside a feed-forward as long as they leave the leading dims alone.
 VIEWS = {
-    aten.unflatten.int, aten.flatten.using_ints, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
-    aten.cat.default, aten.stack.default, aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.unsqueeze.default,
+    aten.unflatten.int, aten.flatten.using_ints, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.cat.default, aten.stack.default, aten.select.int, aten.slice.Tensor, aten.unbind.int,
+    aten.unsqueeze.default,
     aten.squeeze.dim, aten.transpose.int, operator.getitem, aten.expand.default, aten.reshape.default,
     aten.permute.default, aten.repeat_interleave.self_int, aten.flip.default,
 }  # fmt: skip
@@ -219,7 +221,8 @@ def _inner(graph: fx.Graph, found: FeedForward, says: set[fx.Node]) -> Refusal |
 
 
 def _keeps_rows(node: fx.Node, root: fx.Node) -> bool:
-    """Whether a view leaves every leading dim of the region's input alone, and names feature dims from the end."""
+    """Whether a view leaves every leading dim of the region's input alone, and names feature dims from the
+    end."""
     if node.target not in VIEWS or node.target is operator.getitem:
         return True
     before, after, rows = tensor(_first(node)), tensor(node), tensor(root)
@@ -238,6 +241,7 @@ def _keeps_rows(node: fx.Node, root: fx.Node) -> bool:
 def _from_the_end(node: fx.Node, dims: list[int], rank: int, lead: int) -> bool:
     """Whether the dims a view names are negative and lie among the feature dims."""
     position = {aten.split.Tensor: 1, aten.chunk.default: 1, aten.split_with_sizes.default: 1}
+    named: list[Any]
     if node.target in position:
         named = [node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)]
     elif node.target in (aten.cat.default, aten.stack.default, aten.unbind.int):

@@ -59,7 +59,12 @@ def _before_repeating(value: Any) -> fx.Node | None:
         return value.args[0]
     one_head = is_call(value, aten.expand.default) and _heads(value.args[0]) == 1
     others_stay = one_head and all(size == -1 for i, size in enumerate(value.args[1]) if i != 1)
-    return value.args[0] if others_stay and tensor(value.args[0]).dim() == 4 else None
+    return value.args[0] if others_stay and _rank(value.args[0]) == 4 else None
+
+
+def _rank(value: Any) -> int:
+    known = tensor(value)
+    return known.dim() if known is not None else 0
 
 
 def _before_expanding(value: Any) -> fx.Node | None:
@@ -67,7 +72,7 @@ def _before_expanding(value: Any) -> fx.Node | None:
     if not is_call(value, aten.expand.default) or not is_call(value.args[0], aten.unsqueeze.default):
         return None
     sizes, wide = list(value.args[1]), value.args[0]
-    inserted = int(wide.args[1]) % tensor(wide).dim() == tensor(wide).dim() - 3
+    inserted = int(wide.args[1]) % max(_rank(wide), 1) == _rank(wide) - 3
     return (
         wide.args[0] if inserted and [i for i, s in enumerate(sizes) if s != -1] == [len(sizes) - 3] else None
     )

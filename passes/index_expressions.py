@@ -1,6 +1,7 @@
 """What a value made of positions is at each of its indices, as a formula.
 
-`arange(S)[None, :] <= arange(S)[:, None]` is `i1 <= i2`: `i1` is the index along the last dim, `i2` along the one
+`arange(S)[None, :] <= arange(S)[:, None]` is `i1 <= i2`: `i1` is the index along the last dim, `i2` along
+the one
 before. Numbers, indices, comparisons, and two numbers chosen by a comparison are followed through views,
 broadcasting and lookups by index; whatever else there is has no formula.
 """
@@ -8,7 +9,7 @@ broadcasting and lookups by index; whatever else there is has no formula.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -19,7 +20,7 @@ from moec.ir.patterns import argument, tensor
 
 aten = torch.ops.aten
 
-Formula = sympy.Basic
+Formula: TypeAlias = sympy.Basic
 
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "le": sympy.Le, "lt": sympy.Lt, "ge": sympy.Ge, "gt": sympy.Gt, "eq": sympy.Eq, "ne": sympy.Ne,
@@ -95,7 +96,9 @@ def _number(value: bool | int | float) -> Formula | None:
         return sympy.true if value else sympy.false
     if value != value:
         return None
-    return sympy.oo * (1 if value > 0 else -1) if abs(value) == float("inf") else sympy.sympify(value)
+    if abs(value) == float("inf"):
+        return sympy.oo if value > 0 else -sympy.oo
+    return sympy.Integer(int(value)) if value == int(value) else sympy.Float(value)
 
 
 # values made of nothing
@@ -111,14 +114,15 @@ def _full(node: fx.Node) -> Formula | None:
 
 
 def _arange(node: fx.Node) -> Formula | None:
-    ends = [a for a in node.args]
+    ends = list(node.args)
     start = ends[0] if len(ends) > 1 else 0
     step = ends[2] if len(ends) > 2 else 1
     return start + step * index(1) if isinstance(start, int) and isinstance(step, int) else None
 
 
 MAKERS: dict[str, Callable[[fx.Node], Formula | None]] = {
-    "arange": _arange, "full": _full, "new_full": _full, "full_like": _full, "scalar_tensor": lambda node: _operand(node.args[0], {}),
+    "arange": _arange, "full": _full, "new_full": _full, "full_like": _full,
+    "scalar_tensor": lambda node: _operand(node.args[0], {}),
 }  # fmt: skip
 
 
@@ -129,19 +133,24 @@ def _rank(value: Any) -> int:
     return tensor(value).dim()  # type: ignore[union-attr]
 
 
+def _dims(node: fx.Node) -> list[Any]:
+    """The dims a view names, after the value it looks at."""
+    return list(node.args[1:])
+
+
 def _renumbered(formula: Formula, numbers: dict[int, int]) -> Formula:
     return formula.subs({index(a): index(b) for a, b in numbers.items()}, simultaneous=True)
 
 
 def _unsqueeze(node: fx.Node, inner: Formula) -> Formula:
     rank = _rank(node)
-    new = rank - int(node.args[1]) % rank  # type: ignore[call-overload]
+    new = rank - _dims(node)[0] % rank
     return _renumbered(inner, {k: k + 1 for k in range(new, rank)})
 
 
 def _transpose(node: fx.Node, inner: Formula) -> Formula:
     rank = _rank(node)
-    a, b = (rank - int(d) % rank for d in node.args[1:3])  # type: ignore[call-overload,arg-type]
+    a, b = (rank - dim % rank for dim in _dims(node)[:2])
     return _renumbered(inner, {a: b, b: a})
 
 
@@ -156,7 +165,7 @@ def _slice(node: fx.Node, inner: Formula) -> Formula | None:
 
 def _select(node: fx.Node, inner: Formula) -> Formula | None:
     rank, position = _rank(node.args[0]), node.args[2]
-    along = rank - int(node.args[1]) % rank  # type: ignore[call-overload]
+    along = rank - _dims(node)[0] % rank
     if not isinstance(position, int) or position < 0:
         return None
     at = inner.subs(index(along), position)
@@ -241,7 +250,8 @@ def _lookup(node: fx.Node, found: dict[fx.Node, Formula]) -> Formula | None:
 
 
 def _difference(node: fx.Node, found: dict[fx.Node, Formula]) -> Formula | None:
-    """Neighbours of `a * i1 + b` differ by `a`, and so does the first from what was put before it: `b - a`."""
+    """Neighbours of `a * i1 + b` differ by `a`, and so does the first from what was put before it: `b -
+    a`."""
     inner, before = found.get(node.args[0]), found.get(argument(node, 3, "prepend"))  # type: ignore[arg-type]
     times, dim = argument(node, 1, "n", 1), argument(node, 2, "dim", -1)
     if (

@@ -18,13 +18,14 @@ aten = torch.ops.aten
 CONVOLUTIONS = {aten.conv1d.default, aten.convolution.default}
 CHOICES = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argmax.default}
 PRODUCTS = {
-    aten.linear.default: 1, aten.matmul.default: 1, aten.mm.default: 1, aten.bmm.default: 1, aten.addmm.default: 2,
-    aten.einsum.default: 1, aten.conv1d.default: 1, aten.convolution.default: 1,
+    aten.linear.default: 1, aten.matmul.default: 1, aten.mm.default: 1, aten.bmm.default: 1,
+    aten.addmm.default: 2, aten.einsum.default: 1, aten.conv1d.default: 1, aten.convolution.default: 1,
 }  # fmt: skip
 
 
 def list_products(program: Program) -> Ledger:
-    """One entry per parameterised matrix product of the root graph; status *kept* until a pass says otherwise."""
+    """One entry per parameterised matrix product of the root graph; status *kept* until a pass says
+    otherwise."""
     entries, seen = [], set[str]()
     for node in program.graph.graph.nodes:
         for target, value in _weights(program.graph, node):
@@ -66,10 +67,11 @@ def _is_routed(node: fx.Node) -> bool:
 
 
 def _weights(root: fx.GraphModule, node: fx.Node) -> list[tuple[str, Tensor]]:
-    """The weights a product multiplies by: of a known product its matrix, of an unknown operator 3-D weights."""
+    """The weights a product multiplies by: of a known product its matrix, of an unknown operator 3-D
+    weights."""
     if node.op != "call_function" or node.target is aten.embedding.default or _only_moves(node):
         return []
-    found = []
+    found: list[tuple[str, Tensor]] = []
     operands = _operands(node) if node.target in PRODUCTS else node.all_input_nodes
     for value in operands:
         source = _through_views(value)
@@ -81,7 +83,8 @@ def _weights(root: fx.GraphModule, node: fx.Node) -> list[tuple[str, Tensor]]:
 
 
 def _only_moves(node: fx.Node) -> bool:
-    """Whether a call is no product at all: it acts on each element by itself, or only moves or reads shapes."""
+    """Whether a call is no product at all: it acts on each element by itself, or only moves or reads
+    shapes."""
     return is_pointwise(node) or node.target in VIEWS or node.target in READS_SHAPE_ONLY
 
 
@@ -94,8 +97,8 @@ def _operands(node: fx.Node) -> list[Any]:
 
 def _through_views(value: Any) -> fx.Node | None:
     views = (
-        aten.t.default, aten.transpose.int, aten.permute.default, aten.select.int, aten.to.dtype, aten.unbind.int,
-        aten.slice.Tensor, operator.getitem,
+        aten.t.default, aten.transpose.int, aten.permute.default, aten.select.int, aten.to.dtype,
+        aten.unbind.int, aten.slice.Tensor, operator.getitem,
     )  # fmt: skip
     while isinstance(value, fx.Node) and value.op == "call_function" and value.target in views:
         value = value.args[0]

@@ -4,8 +4,10 @@ before:  layer_norm_6 = layer_norm(add_11, …);  add_12 = add_11 + dropout_7
 after:   n_3 = layer_norm(x_3, …);              x_4 = x_3 + d_3
 
 `x` the residual stream, `n` a normalised value, `a` what attention returns, `y` what a feed-forward returns,
-`e` an embedding, `p`, `mask`, `cos`, `sin` what positions give, `logits` the result. A second one of its kind in a
-layer gets a letter: `n_3`, `n_3b`. Before the first layer and after the last there are no numbers: `x`, `x_b`.
+`e` an embedding, `p`, `mask`, `cos`, `sin` what positions give, `logits` the result. A second one of its
+kind in a
+layer gets a letter: `n_3`, `n_3b`. Before the first layer and after the last there are no numbers: `x`,
+`x_b`.
 
 Assumes: stage *structured* is complete but for names.
 Contract: exact.
@@ -77,7 +79,7 @@ def _position_words(root: fx.GraphModule) -> dict[str, list[str]]:
         region = _region(root, call)
         if region is not None and region.kind == "positions":
             items = {u.args[1]: u for u in call.users if u.target is operator.getitem}
-            results = [items[i] for i in sorted(items)] if items else [call]  # type: ignore[type-var]
+            results = [items[i] for i in sorted(items)] if items else [call]
             words[str(call.target)] = [position_word(root, node) or "v" for node in results]
     return words
 
@@ -138,7 +140,8 @@ def _index(root: fx.GraphModule, node: fx.Node) -> int | None:
 def _layers(root: fx.GraphModule) -> dict[fx.Node, int]:
     """The layer each value belongs to: a region's own, the one a norm feeds, else the latest of its inputs.
 
-    What is computed from weights alone belongs where it is read. After the last residual sum there are no layers.
+    What is computed from weights alone belongs where it is read. After the last residual sum there are no
+    layers.
     """
     found: dict[fx.Node, int] = {}
     says = token_dependent(root.graph)

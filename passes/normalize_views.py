@@ -125,7 +125,8 @@ def _transpose(node: fx.Node) -> None:
     value = tensor(node.args[0])
     if value is None:
         return
-    first, second = sorted(int(d) % value.dim() for d in node.args[1:3])  # type: ignore[arg-type,call-overload]
+    dims: list[Any] = list(node.args[1:3])
+    first, second = sorted(dim % value.dim() for dim in dims)
     rank = value.dim() if first >= 2 else 0
     node.args = (node.args[0], first - rank, second - rank)
 

@@ -3,11 +3,13 @@
 before:  q = linear(n, wq); …; y = scaled_dot_product_attention(q, k, v, mask); out = linear(flatten(y), wo)
 after:   out = attention_3(n, mask, cos, sin)
 
-An attention is found from its core: a `scaled_dot_product_attention`, or a softmax over positions whose result is
-multiplied with values. It reaches forward to the output product and back to the one value all projections read;
-norms of queries and keys and rotary products inside it belong to it, tables and masks come in from outside.
+An attention is found from its core: a `scaled_dot_product_attention`, or a softmax over positions whose
+result is multiplied with values. It reaches forward to the output product and back to the one value all
+projections read; norms of queries and keys and rotary products inside it belong to it, tables and masks come
+in from outside.
 
-Assumes: `outline_feed_forwards` ran. A core that is not closed stays in the root graph, and the ledger says why.
+Assumes: `outline_feed_forwards` ran. A core that is not closed stays in the root graph, and the ledger says
+why.
 Contract: exact.
 """
 
@@ -40,7 +42,9 @@ class OutlineAttention(Pass):
                 continue
             found = _read(root.graph, core)
             if isinstance(found, str):
-                program.ledger = program.ledger.note(f"attention at `{core.name}` stays in the root graph: {found}")
+                program.ledger = program.ledger.note(
+                    f"attention at `{core.name}` stays in the root graph: {found}"
+                )
                 continue
             _outline(program, found, index)
             index += 1
@@ -121,7 +125,9 @@ def _collect(start: Any, says: set[fx.Node], members: set[fx.Node], entries: set
             stack.extend(node.all_input_nodes)
 
 
-def _closed(entry: fx.Node, members: set[fx.Node], out: fx.Node, order: dict[fx.Node, int]) -> _Attention | str:
+def _closed(
+    entry: fx.Node, members: set[fx.Node], out: fx.Node, order: dict[fx.Node, int]
+) -> _Attention | str:
     for node in members - {out}:
         for user in node.users:
             if user not in members and user.target not in READS_SHAPE_ONLY:
@@ -137,7 +143,11 @@ def _outline(program: Program, found: _Attention, index: int) -> None:
     relative = relative_names(public.values())
     region = Region(kind="attention", index=index, path=_path(found.nodes), source=_source(found.nodes))
     program.ledger = program.ledger.update(
-        public.values(), role=region.name, status="kept", reason="part of an attention", by="outline_attention"
+        public.values(),
+        role=region.name,
+        status="kept",
+        reason="part of an attention",
+        by="outline_attention",
     )
     others = [n for n in external_inputs(found.nodes, weights) if n is not found.entry]
     inputs = [(found.entry, "x"), *((node, _input_name(node, i)) for i, node in enumerate(others))]
@@ -171,4 +181,6 @@ def _name_the_head(program: Program) -> None:
     """The products whose result is the logits get their role in the ledger."""
     for entry in program.ledger:
         if "language-model head" in entry.reason:
-            program.ledger = program.ledger.update([entry.weight], role="head", reason="the language-model head")
+            program.ledger = program.ledger.update(
+                [entry.weight], role="head", reason="the language-model head"
+            )

@@ -3,8 +3,10 @@
 before:  h = linear(x, up); h = gelu(h); y = linear(h, down)
 after:   y = ffn_3(x)
 
-A feed-forward is a closed region: one *down* product whose backward slice holds nothing but pointwise operators,
-dropout and views of features, until *up* products that share one input; at least one non-linearity; nothing but the
+A feed-forward is a closed region: one *down* product whose backward slice holds nothing but pointwise
+operators,
+dropout and views of features, until *up* products that share one input; at least one non-linearity; nothing
+but the
 last value leaves it. No class name is looked at. What comes near and is not one is recorded with the reason.
 
 Assumes: stage *canonical*.

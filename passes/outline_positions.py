@@ -3,8 +3,8 @@
 before:  i = arange(S); …forty lines…; x = embedding(w, tokens) + p; a = attention_0(n, mask, cos, sin)
 after:   p, mask, cos, sin = positions(tokens);  x = embedding(w, tokens) + p;  …
 
-The region reads the *shape* of the tokens, never their values, so what it returns can be computed once per length.
-Batch and sequence sizes that the rest of the graph reads stay in the root as well.
+The region reads the *shape* of the tokens, never their values, so what it returns can be computed once per
+length. Batch and sequence sizes that the rest of the graph reads stay in the root as well.
 
 Assumes: attentions and feed-forwards are regions already.
 Contract: exact.

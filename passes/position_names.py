@@ -7,6 +7,7 @@ sequences. Nobody's variable names are looked at.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,12 +20,14 @@ aten = torch.ops.aten
 # Operators that keep what a value is: views, casts, scaling.
 CARRIERS = {
     aten.unsqueeze.default, aten.unflatten.int, aten.flatten.using_ints, aten.expand.default, aten.to.dtype,
-    aten.transpose.int, aten.slice.Tensor, aten.reshape.default, aten.mul.Tensor, aten.squeeze.dim, aten.cat.default,
-    aten.stack.default, aten.repeat_interleave.self_int, aten.permute.default, aten.detach.default, aten.index.Tensor,
-    aten.select.int, aten.div.Tensor,
+    aten.transpose.int, aten.slice.Tensor, aten.reshape.default, aten.mul.Tensor, aten.squeeze.dim,
+    aten.cat.default,
+    aten.stack.default, aten.repeat_interleave.self_int, aten.permute.default, aten.detach.default,
+    aten.index.Tensor, aten.select.int, aten.div.Tensor,
 }  # fmt: skip
 TABLES = {
-    aten.cos.default: "cos", aten.sin.default: "sin", aten.embedding.default: "p", aten.polar.default: "rotation",
+    aten.cos.default: "cos", aten.sin.default: "sin", aten.embedding.default: "p", aten.polar.default:
+    "rotation",
 }  # fmt: skip
 
 
@@ -47,8 +50,8 @@ def _inside_region(root: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     region = region_of(module)
     if region is None or region.kind != "positions" or not isinstance(module, fx.GraphModule):
         return None
-    result = output(module.graph).args[0]
-    found = result[node.args[1]] if item else result  # type: ignore[index,call-overload]
+    result: Any = output(module.graph).args[0]
+    found = result[node.args[1]] if item else result
     return found if isinstance(found, fx.Node) else None
 
 
@@ -61,7 +64,7 @@ def _table(source: fx.Node) -> str | None:
             continue
         seen.add(node)
         if node.target in TABLES:
-            found.add(TABLES[node.target])  # type: ignore[index]
+            found.add(TABLES[node.target])
         elif node.op == "get_attr":
             found.add("p")
         elif node.target in CARRIERS:

@@ -33,15 +33,16 @@ OWN_WORD = {
     "t": "w",
 }
 VIEWS = {
-    aten.unsqueeze.default, aten.unflatten.int, aten.flatten.using_ints, aten.expand.default, aten.transpose.int,
-    aten.slice.Tensor, aten.reshape.default, aten.permute.default, aten.to.dtype,
+    aten.unsqueeze.default, aten.unflatten.int, aten.flatten.using_ints, aten.expand.default,
+    aten.transpose.int, aten.slice.Tensor, aten.reshape.default, aten.permute.default, aten.to.dtype,
 }  # fmt: skip
 
 
 def region_names(
     module: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str] = ()
 ) -> dict[fx.Node, str]:
-    """A name for every value of a region; `inputs` (and `outputs`, where known) say what it takes and gives."""
+    """A name for every value of a region; `inputs` (and `outputs`, where known) say what it takes and
+    gives."""
     region, nodes = region_of(module), list(module.graph.nodes)
     assert region is not None
     words = _words(module, region, outputs)
@@ -57,7 +58,7 @@ def region_names(
 def _words(module: fx.GraphModule, region: Region, outputs: Sequence[str]) -> dict[fx.Node, str]:
     """The words this kind of region has for its values; the rest go by their operator."""
     result = output(module.graph).args[0]
-    results = list(result) if isinstance(result, (list, tuple)) else [result]
+    results: list[Any] = list(result) if isinstance(result, (list, tuple)) else [result]
     named = {node: word for node, word in zip(results, outputs, strict=False) if isinstance(node, fx.Node)}
     if region.kind == "attention":
         return {**_attention_words(module.graph), results[0]: "y"}
@@ -95,10 +96,9 @@ def size_word(node: fx.Node) -> str:
 
 def _ffn_words(module: fx.GraphModule, region: Region) -> dict[fx.Node, str]:
     """Products by role where there are several, parts of a fused product likewise; everything else `h`."""
-    words = {
-        node: "h" for node in module.graph.nodes
-        if isinstance(node.meta.get("val"), Tensor) and node.op == "call_function" and not is_call(node, aten.t.default)
-    }  # fmt: skip
+    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    values = [node for node in calls if isinstance(node.meta.get("val"), Tensor)]
+    words = {node: "h" for node in values if not is_call(node, aten.t.default)}
     roles = {weight: role for role, weight in region.roles.items()}
     several = len(roles) > 2
     for node in module.graph.nodes:

@@ -3,8 +3,9 @@
 before:  0.5 * h * (1 + tanh(0.7978845608028654 * (h + 0.044715 * h ** 3)))     h * sigmoid(h)
 after:   gelu(h, approximate="tanh")                                            silu(h)
 
-A formula is recognised by what it computes, so the order in which it is written does not matter: pointwise steps
-that start from one value are evaluated on a grid of numbers in fp64, and are rewritten when values and slopes agree
+A formula is recognised by what it computes, so the order in which it is written does not matter: pointwise
+steps that start from one value are evaluated on a grid of numbers in fp64, and are rewritten when values and
+slopes agree
 with a known activation to rounding. A constant cut short (0.79788456, say) is another function and stays.
 
 Assumes: stage *canonical* but for names; steps that are read elsewhere stay.
@@ -85,7 +86,8 @@ class _Word(str):
 
 
 def read_formula(last: fx.Node) -> Formula | None:
-    """The formula that ends in `last`, or None when it starts from several values or is read in the middle."""
+    """The formula that ends in `last`, or None when it starts from several values or is read in the
+    middle."""
     members, leaves, stack = {last}, set[fx.Node](), [last]
     if not _is_step(last):
         return None

@@ -3,8 +3,8 @@
 before:  s = matmul(q, transpose(k, -2, -1)) / 8.0 + mask;   y = matmul(dropout(softmax(s, -1), p), v)
 after:   y = scaled_dot_product_attention(q, k, v, mask, p, scale=0.125)
 
-Assumes: nothing but scaling and masking stands between product and softmax (a soft cap is left as it is), and no
-row is masked completely.
+Assumes: nothing but scaling and masking stands between product and softmax (a soft cap is left as it is),
+and no row is masked completely.
 Contract: exact.
 """
 
@@ -59,7 +59,8 @@ def _rewrite(node: fx.Node) -> None:
     scores = _Scores()
     if not _read(softmax.args[0], scores, softmax):
         return
-    q, k, v = scores.query, scores.key, node.args[1]
+    values: tuple[Any, Any, Any] = (scores.query, scores.key, node.args[1])
+    q, k, v = values
     if any(value is None or tensor(value) is None or tensor(value).dim() < 3 for value in (q, k, v)):  # type: ignore[union-attr]
         return
     q, k, v = (_in_dtype(node, value, tensor(v)) for value in (q, k, v))
@@ -86,7 +87,8 @@ def _scale(query: fx.Node, scale: float) -> dict[str, float]:
 
 
 def _in_dtype(before: fx.Node, value: fx.Node, like: Any) -> fx.Node:
-    """Scores computed in fp32 from narrower queries and keys: attention widens inside, so take the narrow ones."""
+    """Scores computed in fp32 from narrower queries and keys: attention widens inside, so take the narrow
+    ones."""
     bare = uncast(value)
     if tensor(bare).dtype == like.dtype:  # type: ignore[union-attr]
         return bare
@@ -130,7 +132,8 @@ def _read_product(value: fx.Node, scores: _Scores) -> bool:
         return _read_permuted(value, scores)
     turned = uncast(key)  # type: ignore[arg-type]
     rank = tensor(turned).dim()  # type: ignore[union-attr]
-    if {int(d) % rank for d in turned.args[1:3]} != {rank - 1, rank - 2}:  # type: ignore[arg-type,call-overload]
+    swapped: list[Any] = list(turned.args[1:3])
+    if {dim % rank for dim in swapped} != {rank - 1, rank - 2}:
         return False
     scores.query, scores.key = value.args[0], turned.args[0]
     return True
@@ -146,7 +149,8 @@ def _read_permuted(value: fx.Node, scores: _Scores) -> bool:
 
 
 def _read_mask(value: fx.Node, scores: _Scores) -> bool:
-    """`s + mask`, `masked_fill(s, hidden, -inf)`, `where(shown, s, -inf)`; scaling before it must not touch the mask."""
+    """`s + mask`, `masked_fill(s, hidden, -inf)`, `where(shown, s, -inf)`; scaling before it must not touch
+    the mask."""
     if is_call(value, aten.add.Tensor) and all(isinstance(a, fx.Node) for a in value.args[:2]):
         for inner, mask in (value.args[:2], value.args[1::-1]):
             if _leads_to_product(inner):
@@ -199,11 +203,13 @@ def _combined(before: fx.Node, masks: list[Any], like: Any) -> Any:
 def _as_number(before: fx.Node, kind: str, mask: Any, factor: float, like: Any) -> Any:
     if kind == "add":
         scaled = mask if factor == 1.0 else call(before, aten.mul.Tensor, (mask, factor))
-        return (
-            scaled
-            if tensor(scaled).dtype == like.dtype
-            else call(before, aten.to.dtype, (scaled, like.dtype))
-        )  # type: ignore[union-attr]
+        return _cast(before, scaled, like)
     shown, hidden = (0.0, float("-inf")) if kind == "show" else (float("-inf"), 0.0)
     number = call(before, aten.where.Scalar, (mask, shown, hidden))
-    return number if tensor(number).dtype == like.dtype else call(before, aten.to.dtype, (number, like.dtype))  # type: ignore[union-attr]
+    return _cast(before, number, like)
+
+
+def _cast(before: fx.Node, value: fx.Node, like: Any) -> fx.Node:
+    known = tensor(value)
+    same = known is not None and known.dtype == like.dtype
+    return value if same else call(before, aten.to.dtype, (value, like.dtype))

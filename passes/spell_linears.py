@@ -1,10 +1,10 @@
 """Spell every product with a weight matrix as `linear(x, weight, bias)`.
 
-before:  reshape(addmm(bias, flatten(x, 0, -2), w), [B, S, F])     x @ w.T + bias     einsum("bsd,df->bsf", x, w)
-after:   linear(x, t(w), bias)                                     linear(x, w, bias) linear(x, t(w))
+before:  reshape(addmm(bias, flatten(x, 0, -2), w), [B, S, F])     x @ w.T + bias     einsum("bsd,df->bsf",
+x, w) after:   linear(x, t(w), bias)                                     linear(x, w, bias) linear(x, t(w))
 
-Assumes: `normalize_views` ran. A matrix stored as [in, out] is read through `t`, its only spelling of transposition.
-Contract: exact (the same products, possibly summed in another order).
+Assumes: `normalize_views` ran. A matrix stored as [in, out] is read through `t`, its only spelling of
+transposition. Contract: exact (the same products, possibly summed in another order).
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def _swaps(node: fx.Node) -> bool:
     if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
         return True
     if node.target is aten.transpose.int:
-        return {d % 2 for d in node.args[1:3]} == {0, 1}  # type: ignore[operator]
-    return node.target is aten.permute.default and [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore[union-attr]
+        swapped: list[Any] = list(node.args[1:3])
+        return {dim % 2 for dim in swapped} == {0, 1}
+    order: Any = node.args[1] if node.target is aten.permute.default else ()
+    return [dim % 2 for dim in order] == [1, 0]
 
 
 def _linear(before: fx.Node, x: Any, matrix: fx.Node, bias: Any = None) -> fx.Node:
@@ -90,7 +92,8 @@ def _einsum(root: fx.GraphModule, node: fx.Node) -> None:
     """`einsum` that contracts the last dim of a value with one dim of a weight matrix."""
     if node.target is not aten.einsum.default or len(node.args[1]) != 2:  # type: ignore[arg-type]
         return
-    x, weight = node.args[1]  # type: ignore[misc]
+    operands: Any = node.args[1]
+    x, weight = operands
     inputs, _, result = str(node.args[0]).replace(" ", "").partition("->")
     left, right = inputs.split(",")
     if not _is_matrix(root, weight) or len(right) != 2 or left[-1] not in right or not result:
@@ -99,7 +102,7 @@ def _einsum(root: fx.GraphModule, node: fx.Node) -> None:
     if result != left[:-1] + out or out in left:
         return
     matrix = weight if right[0] == left[-1] else call(node, aten.t.default, (weight,))
-    replace(node, _linear(node, x, matrix))  # type: ignore[arg-type]
+    replace(node, _linear(node, x, matrix))
 
 
 def _lift_reshape(root: fx.GraphModule, node: fx.Node) -> None:

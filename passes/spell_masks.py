@@ -6,11 +6,11 @@ after:   scaled_dot_product_attention(q, k, v, is_causal=True)
 before:  twenty more for a sliding window
 after:   i = arange(S);  rows = unsqueeze(i, -1);  mask = (i <= rows) & (i > rows - 4)
 
-A mask is understood as a formula of its indices (`index_expressions.py`), so it does not matter how it was made.
-Buffers are data, not formulas, and stay.
+A mask is understood as a formula of its indices (`index_expressions.py`), so it does not matter how it was
+made. Buffers are data, not formulas, and stay.
 
-Assumes: `spell_attention` ran; no row is masked completely, which holds for every mask that shows a token itself.
-Contract: exact.
+Assumes: `spell_attention` ran; no row is masked completely, which holds for every mask that shows a token
+itself. Contract: exact.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class _Masks:
         self.built: dict[Any, fx.Node] = {}
 
     def terms(self, node: Any) -> frozenset[Formula] | None:
-        """What must be at most 0 for a position to be seen, when `node` is a mask of comparisons joined by *and*."""
+        """What must be at most 0 for a position to be seen, when `node` is a mask of comparisons joined by
+        *and*."""
         formula = self.formulas.get(node)
         shown = formula if is_truth(formula) else _shown(formula)
         parts = sympy.And.make_args(shown) if shown is not None else ()
@@ -71,10 +72,11 @@ class _Masks:
         square = {index(1), index(2)}
         if not terms or any(term is None or not term.free_symbols <= square for term in terms):
             return None
-        return frozenset(terms)  # type: ignore[arg-type]
+        return frozenset(terms)
 
     def build(self, before: fx.Node, terms: frozenset[Formula]) -> fx.Node | None:
-        """The mask bool [S, S] of `terms`, made right after the sizes; None when a term is of another kind."""
+        """The mask bool [S, S] of `terms`, made right after the sizes; None when a term is of another
+        kind."""
         if terms not in self.built:
             shifts = {term: _shift(term) for term in terms}
             if any(shift is None for shift in shifts.values()) or CAUSAL not in terms:
@@ -146,7 +148,8 @@ def _attention(node: fx.Node, known: _Masks) -> None:
 
 
 def _written_out(node: fx.Node, known: _Masks) -> None:
-    """A mask that softmax attention adds, or chooses by: the same numbers over [S, S], broadcast by the operator."""
+    """A mask that softmax attention adds, or chooses by: the same numbers over [S, S], broadcast by the
+    operator."""
     for position, mask in enumerate(node.args):
         terms = known.terms(mask) if node in known.says and isinstance(mask, fx.Node) else None
         built = _rebuilt(node, mask, terms, known) if terms is not None else None

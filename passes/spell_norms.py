@@ -1,4 +1,5 @@
-"""Spell normalisation written by hand as `rms_norm(x, [D], weight, eps)` or `layer_norm(x, [D], weight, bias, eps)`.
+"""Spell normalisation written by hand as `rms_norm(x, [D], weight, eps)` or `layer_norm(x, [D], weight,
+bias, eps)`.
 
 before:  y = x * rsqrt(mean(x ** 2, -1, keepdim) + eps);   z = weight * to(y, dtype)
 after:   z = rms_norm(x, [D], weight, eps)
@@ -6,8 +7,8 @@ after:   z = rms_norm(x, [D], weight, eps)
 before:  c = x - mean(x, -1, keepdim);   y = c * rsqrt(mean(c ** 2, -1, keepdim) + eps)
 after:   y = layer_norm(x, [D], None, None, eps)
 
-Assumes: the mean runs over the last dim alone. `rms_norm` computes in fp32 for narrower dtypes, as the spelling
-with casts does.
+Assumes: the mean runs over the last dim alone. `rms_norm` computes in fp32 for narrower dtypes, as the
+spelling with casts does.
 Contract: exact.
 Source:  Zhang and Sennrich, arXiv 1910.07467, eq. 4.
 """
@@ -23,7 +24,7 @@ from torch import fx
 from moec.ir import Pass, Program
 from moec.ir.dependence import token_dependent
 from moec.ir.graphs import drop_unused
-from moec.ir.patterns import argument, call, for_each, is_call, only_user, replace, tensor, uncast
+from moec.ir.patterns import argument, call, for_each, inputs, is_call, only_user, replace, tensor, uncast
 
 aten = torch.ops.aten
 NORMS = (aten.rms_norm.default, aten.layer_norm.default)
@@ -58,20 +59,23 @@ def _centre(node: fx.Node) -> None:
     """`rms_norm(x - mean(x))` → `layer_norm(x)`."""
     if not is_call(node, aten.rms_norm.default) or not is_call(node.args[0], aten.sub.Tensor):
         return
-    x, mean = node.args[0].args[:2]  # type: ignore[union-attr]
-    if not is_call(mean, aten.mean.dim) or mean.args[0] is not x or argument(mean, 2, "keepdim", False) is not True:  # type: ignore[union-attr,arg-type]
+    x, mean = inputs(node.args[0])
+    value = tensor(x)
+    if value is None or not is_call(mean, aten.mean.dim) or mean.args[0] is not x:
         return
-    if [int(d) % tensor(x).dim() for d in mean.args[1]] == [tensor(x).dim() - 1]:  # type: ignore[union-attr]
+    last = [int(d) % value.dim() for d in mean.args[1]] == [value.dim() - 1]
+    if last and argument(mean, 2, "keepdim", False) is True:
         replace(node, call(node, aten.layer_norm.default, (x, node.args[1], None, None, node.args[3])))
 
 
 def _operands(node: fx.Node) -> list[tuple[Any, Any]]:
     """(x, 1/rms) pairs to try: both orders of a product, `x / sqrt(v)` through its denominator."""
     if is_call(node, aten.mul.Tensor):
-        a, b = node.args[:2]
+        a, b = inputs(node)
         return [(x, s.args[0]) for x, s in ((a, b), (b, a)) if _is_reciprocal_root(s)]
     if is_call(node, aten.div.Tensor) and is_call(node.args[1], aten.sqrt.default):
-        return [(node.args[0], node.args[1].args[0])]  # type: ignore[union-attr]
+        x, root = inputs(node)
+        return [(x, root.args[0])]
     return []
 
 
@@ -106,10 +110,11 @@ def _cast(node: fx.Node) -> None:
     """`to(rms_norm(to(x, float32)), x.dtype)` → `rms_norm(x)`: the operator widens by itself."""
     if not is_call(node, aten.to.dtype) or not is_call(node.args[0], *NORMS):
         return
-    norm = node.args[0]
-    assert isinstance(norm, fx.Node)
-    x = uncast(norm.args[0])  # type: ignore[arg-type]
-    if x is not norm.args[0] and tensor(x).dtype == tensor(node).dtype and only_user(norm) is node:  # type: ignore[union-attr]
+    norm: Any = node.args[0]
+    x = uncast(norm.args[0])
+    before, after = tensor(x), tensor(node)
+    narrow = before is not None and after is not None and before.dtype == after.dtype
+    if x is not norm.args[0] and narrow and only_user(norm) is node:
         replace(node, call(node, norm.target, (x, *norm.args[1:])))
 
 
@@ -117,11 +122,11 @@ def _weigh(node: fx.Node, says: set[fx.Node]) -> None:
     """`weight * norm(x)` → `norm(x, weight)`; the weight may be any [D] expression of parameters."""
     if not is_call(node, aten.mul.Tensor):
         return
-    for norm, weight in (node.args[:2], node.args[1::-1]):
-        if not is_call(norm, *NORMS) or norm.args[2] is not None or not isinstance(weight, fx.Node):  # type: ignore[union-attr]
+    first, second = inputs(node)
+    for norm, weight in ((first, second), (second, first)):
+        if not is_call(norm, *NORMS) or norm.args[2] is not None or only_user(norm) is not node:
             continue
-        value, shape = tensor(weight), list(norm.args[1])  # type: ignore[union-attr,arg-type]
-        if weight not in says and value is not None and list(value.shape) == shape and only_user(norm) is node:  # type: ignore[arg-type]
-            arguments = (norm.args[0], shape, weight, *norm.args[3:])  # type: ignore[union-attr]
-            replace(node, call(node, norm.target, arguments))  # type: ignore[union-attr]
+        value, shape = tensor(weight), list(norm.args[1])
+        if weight not in says and value is not None and list(value.shape) == shape:
+            replace(node, call(node, norm.target, (norm.args[0], shape, weight, *norm.args[3:])))
             return

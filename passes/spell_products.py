@@ -6,8 +6,8 @@ after:   matmul(q, transpose(k, -2, -1));   matmul(q, k) * 0.125 + bias;        
 before:  unflatten(bmm(flatten(p, 0, 1), flatten(v, 0, 1)), 0, [-1, 12])
 after:   matmul(p, v)
 
-Assumes: `spell_linears` ran: products with weights are `linear`. An einsum that sums or repeats a letter of one
-operand alone stays as it is.
+Assumes: `spell_linears` ran: products with weights are `linear`. An einsum that sums or repeats a letter of
+one operand alone stays as it is.
 Contract: exact (the same products, possibly summed in another order).
 """
 
@@ -73,9 +73,10 @@ def _scaled(before: fx.Node, value: Any, factor: Any) -> fx.Node:
 
 def _einsum(node: fx.Node) -> None:
     """An einsum of two values with shared leading letters, one free letter each and one summed letter."""
-    if not is_call(node, aten.einsum.default) or len(node.args[1]) != 2:  # type: ignore[arg-type]
+    operands: Any = node.args[1] if is_call(node, aten.einsum.default) else ()
+    if len(operands) != 2:
         return
-    left, right = node.args[1]  # type: ignore[misc]
+    left, right = operands
     letters = _letters(str(node.args[0]))
     if letters is None or any(tensor(value) is None for value in (left, right)):
         return
@@ -131,7 +132,8 @@ def _lift(node: fx.Node, says: set[fx.Node]) -> None:
 
 
 def _can_lift(value: Any, sizes: list[Any], says: set[fx.Node]) -> bool:
-    """Whether `value` is made of products and pointwise steps over values merged from leading dims `sizes`."""
+    """Whether `value` is made of products and pointwise steps over values merged from leading dims
+    `sizes`."""
     if not isinstance(value, fx.Node) or tensor(value) is None:
         return not isinstance(value, fx.Node)
     if _is_merged(value, sizes):

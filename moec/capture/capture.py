@@ -36,7 +36,7 @@ def capture(
             "compile(model)", f"{type(module).__name__}", "an nn.Module, fx.GraphModule or ExportedProgram"
         )
     module = _own_copy(module, dtype)
-    adapted, exported, notes = _export(module, example_inputs)
+    _, exported, notes = _export(module, example_inputs)
     graph, origins = flatten(exported, module)
     follow_training(graph.graph)
     drop_unused(graph)

@@ -98,14 +98,16 @@ def _explained(adapted: Adapted, error: Exception) -> CaptureError:
 def require_dynamic(exported: ExportedProgram, adapted: Adapted, tokens: Tensor) -> bool:
     """Whether the logits are [B, S, V] with B and S free; raises when a size was baked in."""
     output = next(node for node in reversed(exported.graph.nodes) if node.op == "output").args[0]
-    logits = output[-1].meta["val"]  # type: ignore[index,union-attr]
+    logits = output[-1].meta["val"]
     placeholder = [node for node in exported.graph.nodes if node.op == "placeholder"][-1].meta["val"]
     baked = [name for name, size in zip("BS", placeholder.shape, strict=True) if not _is_free(size)]
     if baked:
         raise CaptureError(
-            f"capture of {type(adapted.model).__name__}", f"{' and '.join(baked)} baked in as {list(placeholder.shape)}",
-            "a model that works for any batch and sequence length: not one that loops over positions in Python (a "
-            "recurrent or state-space layer), reshapes to a fixed size, or was itself traced with fixed sizes",
+            f"capture of {type(adapted.model).__name__}",
+            f"{' and '.join(baked)} baked in as {list(placeholder.shape)}",
+            "a model that works for any batch and sequence length: not one that loops over positions in "
+            "Python (a recurrent or state-space layer), reshapes to a fixed size, or was itself traced with "
+            "fixed sizes",
         )  # fmt: skip
     return logits.dim() == 3 and torch.is_floating_point(logits) and logits.shape[1] == placeholder.shape[1]
 

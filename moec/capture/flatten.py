@@ -1,8 +1,8 @@
 """The exported program as one flat graph that owns its weights under the user's names.
 
 `torch.export` lifts weights to inputs and wraps `no_grad` and `autocast` blocks into sub-graphs. Here weights
-become `get_attr` nodes again, the blocks are inlined (values made under `no_grad` are detached), and each node
-remembers the user's module path and source line.
+become `get_attr` nodes again, the blocks are inlined (values made under `no_grad` are detached), and each
+node remembers the user's module path and source line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 
 from moec.errors import CaptureError
 from moec.ir import Origin, Origins
-from moec.ir.graphs import graph_module, place, root_module
+from moec.ir.graphs import graph_module, is_mutable, place, root_module
 
 WRAPPER = "model."
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -46,8 +46,7 @@ def _refuse_mutation(exported: ExportedProgram) -> None:
 
 def _written(node: fx.Node) -> fx.Node | None:
     """The value whose memory a call writes to, or None when it writes to none."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    if not is_mutable(node):
         return None
     source = node.args[0]
     while isinstance(source, fx.Node) and source.op == "call_function" and _is_view(source):
@@ -160,8 +159,8 @@ def _read(owner: nn.Module, target: str) -> Any:
 def safe_name(name: str, taken: Collection[str] = ()) -> str:
     """`name` as a path of plain words that no other weight in `taken` has.
 
-    The first word is changed when a GraphModule already means something by it (`graph`, `code`), and so is every
-    character that could not stand in generated code (quotes, line ends).
+    The first word is changed when a GraphModule already means something by it (`graph`, `code`), and so is
+    every character that could not stand in generated code (quotes, line ends).
     """
     first, *rest = ("".join(c if c.isalnum() else "_" for c in atom) or "_" for atom in name.split("."))
     own = hasattr(fx.GraphModule, first) or first in ("training", "graph")

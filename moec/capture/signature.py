@@ -1,7 +1,7 @@
 """How to call a model so that it maps tokens [B, S] to logits [B, S, V].
 
-Models differ in what they call their input, in how they return the logits, and in whether they need targets to
-return more than the last position. `adaptations` lists the ways worth trying, plainest first; each is an
+Models differ in what they call their input, in how they return the logits, and in whether they need targets
+to return more than the last position. `adaptations` lists the ways worth trying, plainest first; each is an
 `Adapted` module with the one signature the capture exports.
 """
 
@@ -48,7 +48,8 @@ class Adapted(nn.Module):
 
 
 def logits_of(out: Any, tokens: Tensor) -> Tensor:
-    """The logits in a model's output: a tensor, the `logits` of a mapping or object, or the first 3-D tensor."""
+    """The logits in a model's output: a tensor, the `logits` of a mapping or object, or the first 3-D
+    tensor."""
     if isinstance(out, Tensor):
         return out
     named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
@@ -87,14 +88,13 @@ def _fixed_keywords(parameters: Mapping[str, inspect.Parameter], example_inputs:
     """Constant keywords: no cache, and whatever the caller's example inputs fix beside the tokens."""
     fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    given = (
-        example_inputs if isinstance(example_inputs, Mapping) else dict(zip(names, _as_tuple(example_inputs)))
-    )
+    positional = dict(zip(names, _as_tuple(example_inputs), strict=False))
+    given = example_inputs if isinstance(example_inputs, Mapping) else positional
     for name, value in list(given.items())[1:]:
         if isinstance(value, Tensor) and name not in TARGET_NAMES:
             raise CaptureError(
                 f"example_inputs['{name}']", f"a tensor {list(value.shape)}",
-                "tokens [B, S], targets, and constants that are not tensors: a program has one input, the tokens",
+                "tokens [B, S], targets, and constants that are not tensors: a program has one input",
             )  # fmt: skip
         if not isinstance(value, Tensor):
             fixed[name] = value

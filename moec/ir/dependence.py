@@ -1,7 +1,7 @@
 """Which values depend on token *values*, and which on *positions* (shapes) only.
 
-A causal graph splits in two: masks, rotary tables, learned positions and ALiBi biases follow from the shape of
-`tokens` alone; everything else carries what the tokens say.
+A causal graph splits in two: masks, rotary tables, learned positions and ALiBi biases follow from the shape
+of `tokens` alone; everything else carries what the tokens say.
 """
 
 from __future__ import annotations

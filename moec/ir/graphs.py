@@ -23,7 +23,8 @@ def graph_module(owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 
 def _as_persistent_as(source: nn.Module, copied: fx.GraphModule) -> fx.GraphModule:
-    """`torch.fx` forgets which buffers are not persistent whenever it makes a GraphModule; remember it here."""
+    """`torch.fx` forgets which buffers are not persistent whenever it makes a GraphModule; remember it
+    here."""
     present = dict(copied.named_modules())
     for name, module in source.named_modules():
         if name in present:
@@ -75,12 +76,24 @@ def place(owner: nn.Module, target: str, value: Tensor, *, persistent: bool = Tr
 
 
 def drop_unused(owner: fx.GraphModule) -> None:
-    """Erase dead nodes, then forget weights that no node of `owner`'s own graph reads any more."""
-    owner.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    """Erase dead nodes, then forget weights that no node of `owner`'s own graph reads any more.
+
+    A call that writes to its argument is never dead: what it wrote is read through the argument.
+    """
+    owner.graph.eliminate_dead_code(is_impure_node=_is_kept)
     read = {str(node.target) for node in owner.graph.nodes if node.op in ("get_attr", "call_module")}
     _drop_below(owner, "", read)
     owner.graph.lint() if not _reads_training(owner.graph) else None
     owner.recompile()
+
+
+def _is_kept(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or is_mutable(node)
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """Whether a call writes to one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _reads_training(graph: fx.Graph) -> bool:

@@ -1,8 +1,8 @@
 """Move part of a graph into a sub-graph of its own, with the weights it reads.
 
 `outline(root, nodes, …)` is the one way regions come into being. The sub-graph gets copies of the nodes, of
-every weight expression they read (`t(w)`, `1 + w`) and of `self.training`; everything else they read becomes an
-input. Weights move from the root to the region, and the table of origins follows.
+every weight expression they read (`t(w)`, `1 + w`) and of `self.training`; everything else they read
+becomes an input. Weights move from the root to the region, and the table of origins follows.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def outline(
 ) -> tuple[fx.Node, Origins]:
     """Replace `nodes` of `root` by one call of a new region; returns the call and the changed origins.
 
-    `inputs`: the values the region reads and what it calls them. `outputs`: the values that leave it (one: the call
+    `inputs`: the values the region reads and what it calls them. `outputs`: the values that leave it (one:
+    the call
     is that value; several: a tuple). `name_weight`: a weight's name in the root → its name in the region.
     """
     order = [node for node in root.graph.nodes if node in set(nodes)]

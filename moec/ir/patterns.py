@@ -31,6 +31,11 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def inputs(node: Any) -> tuple[Any, Any]:
+    """The first two arguments of a call, as values to be asked with `is_call` and `tensor`."""
+    return node.args[0], node.args[1]
+
+
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are the same number for every batch and sequence (no guard is added)."""
     return str(a) == str(b)
@@ -66,7 +71,8 @@ def call(
 
 
 def _shape(node: fx.Node) -> Any:
-    """The fake result of `node`, from its arguments' fakes (of one made of sizes alone, in the tokens' mode)."""
+    """The fake result of `node`, from its arguments' fakes (of one made of sizes alone, in the tokens'
+    mode)."""
     inputs = [*node.all_input_nodes, placeholder(node.graph)]
     mode = next((mode for mode in map(_fake_mode, inputs) if mode is not None), None)
     if mode is None:

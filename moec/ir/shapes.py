@@ -59,7 +59,7 @@ class KnownShapes:
     def __init__(self, device: torch.device) -> None:
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
         tokens = torch.zeros(SAMPLE_BATCH, SAMPLE_SEQUENCE, dtype=torch.long, device=device)
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
         self.tokens = self.mode.from_tensor(tokens, symbolic_context=context)
         self._tensors: dict[Any, Tensor] = {}
         self._calls: dict[Any, Any] = {}

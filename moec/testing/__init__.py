@@ -38,13 +38,14 @@ stand. This package needs `hypothesis`: `pip install moec[testing]`."""
 
 from __future__ import annotations
 
+from moec.ir.expert_oracle import OracleAnswer, moe_oracle
+
 # At once, not lazily: `decoders`, `decoys` and `plans` are strategies and also the modules they live in; only
 # names bound here, after the modules were loaded, are sure to be the strategies.
 from moec.testing.decoders import attentions, decoders, feed_forwards, norms
 from moec.testing.decoys import DECOYS, DecoyRecipe, decoys
 from moec.testing.golden import assert_golden
 from moec.testing.named import NAMED
-from moec.ir.expert_oracle import OracleAnswer, moe_oracle
 from moec.testing.pass_assertions import assert_preserves, assert_refuses, source_gradients
 from moec.testing.plans import decoders_and_plans, layer_settings, plans, selectors
 from moec.testing.recipe import Answer, DecoderRecipe, Site

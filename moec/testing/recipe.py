@@ -165,8 +165,8 @@ class DecoderRecipe:
         )
 
     def site_paths(self) -> list[str]:
-        """The module path that each feed-forward runs under, which plans select by: that of its layer, also where
-        the layers share one module."""
+        """The module path that each feed-forward runs under, which plans select by: that of its layer, also
+        where the layers share one module."""
         inline = self.ffn.container == "inline"
         return [self._block(i) + ("" if inline else f".{self.names.ffn}") for i in range(self.num_layers)]
 
