@@ -1,7 +1,8 @@
-"""Over random decoders: the captured program is the model bit for bit, every pass is exact, structure is the truth.
+"""Over random decoders: the captured program is the model bit for bit, every pass is exact, structure is
+the truth.
 
-One compile serves all checks of an example: `verify="full"` compares logits and the gradients of every parameter
-after each pass in fp64 and raises where they differ by more than 1e-10 of their scale.
+One compile serves all checks of an example: `verify="full"` compares logits and the gradients of every
+parameter after each pass in fp64 and raises where they differ by more than 1e-10 of their scale.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def assert_stages_agree(recipe: DecoderRecipe, program: moec.Program) -> None:
 
 
 def assert_structure(program: moec.Program, answer: Answer) -> None:
-    """Every feed-forward with its weights, every attention weight, the head: what the recipe says and no more."""
+    """Every feed-forward with its weights, every attention weight, the head: what the recipe says and no
+    more."""
     found = []
     for name, module in regions(program.graph, "ffn").items():
         region = region_of(module)
