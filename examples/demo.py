@@ -33,6 +33,7 @@ Seconds = Annotated[float | None, typer.Option(min=1.0, help="As many steps as f
 Out = Annotated[Path, typer.Option(help="Each run makes a new folder in this one.")]
 Prompt = Annotated[str, typer.Option(help="What the sampled text begins with.")]
 Length = Annotated[int, typer.Option(min=1, help="Bytes to sample.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch: for a model this small, one will do.")]
 
 
 def demo(
@@ -41,9 +42,11 @@ def demo(
     out: Out = Path("runs/demo"),
     prompt: Prompt = PROMPT,
     length: Length = 500,
+    threads: Threads = 1,  # on a busy machine two took twice as long as one: they wait for each other
 ) -> None:
     """Compile a GPT into a PR-MoE, train it on Python's standard library, sample from it, save it."""
     console, began = screen.open_console(), time.perf_counter()
+    torch.set_num_threads(threads)
     plan = Plan.from_toml(PLAN)
     program = compile_model(console, plan)
     data = load_text(sequence=plan.train.sequence)
