@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from examples.gpt import GPT, GPTConfig
+from examples.gpt import GPT, MLP, GPTConfig
 
 
 def gpt(layers: int = 2, vocab: int = 256, hidden: int = 0) -> GPT:
     """The example's GPT, small enough for a test; `hidden`: width of its feed-forwards."""
     model = GPT(GPTConfig(vocab=vocab, seq=16, layers=layers, width=8, heads=2))
     for block in model.blocks:
+        mlp = block.get_submodule("mlp")
+        assert isinstance(mlp, MLP)
         if hidden:
-            block.mlp.up, block.mlp.down = nn.Linear(8, hidden), nn.Linear(hidden, 8)
+            mlp.up, mlp.down = nn.Linear(8, hidden), nn.Linear(hidden, 8)
     return model
 
 
