@@ -3,7 +3,7 @@
     python -m benchmarks.dense_vs_sparse [--seeds 3] [--steps N] [--threads 1] [--out FILE]
 
 All runs have the same text, batches, schedule and rate; a seed draws the weights, the routers and the order
-of the batches, and is shared by the three variants. A run that is in the results already, under the same
+of the batches, and is shared by all variants. A run that is in the results already, under the same
 settings, is not repeated: stopped, the command goes on where it was. The table goes into
 `docs/experiments.md` and the README.
 """
