@@ -22,7 +22,7 @@ from moec.capture import capture
 from moec.capture.signature import Adapted, adaptations
 from moec.difference import Difference, first_difference
 from moec.errors import CaptureError, MoecError, VerifyError
-from moec.ir import Certificate, Pass, Program
+from moec.ir import Certificate, Check, Pass, Program
 from moec.ir.compare import error_of
 from moec.ir.shapes import propagate
 from moec.ir.stages import check_stage
@@ -137,14 +137,20 @@ def examine(before: Program, rewrite: Pass, tokens: Tensor | None = None) -> Dif
         propagate(after.graph)
     except VerifyError as error:
         return _in_words(error)
-    for check in rewrite.ensures(before, after):
-        if not check.holds:
-            site, _, what = check.what.rpartition(": ")
-            return Difference(
-                "check", site or rewrite.name, check.worst or what, check.error, after=check.what
-            )
+    broken = [check for check in rewrite.ensures(before, after) if not check.holds]
+    named = [check for check in broken if ": " in check.what]  # of a region: `moe_1: gradients`
+    if named:
+        return _of_check(named[0])
     found = first_difference(before, after, tokens) if contract == "exact" else None
-    return found or _stage_fault(after, rewrite)
+    return found or (_of_check(broken[0]) if broken else _stage_fault(after, rewrite))
+
+
+def _of_check(check: Check) -> Difference:
+    """A check of the pass's own; its site is the region it names, or that of its worst tensor."""
+    region, _, what = check.what.rpartition(": ")
+    return Difference(
+        "check", region or check.worst.split(".")[0], check.worst or what, check.error, after=what
+    )
 
 
 def _stage_fault(after: Program, rewrite: Pass) -> Difference | None:

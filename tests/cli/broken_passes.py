@@ -9,6 +9,7 @@ from torch import fx
 
 from moec.ir import Check, Pass, Program
 from moec.ir.graphs import output
+from moec.passes.lift_experts import LiftExperts
 
 aten = torch.ops.aten
 
@@ -113,6 +114,19 @@ class FailedCheck(Pass):
 
     def ensures(self, before: Program, after: Program) -> list[Check]:
         return [Check("ffn_1: gradients", 0.25, 1e-10, worst="up.weight")]
+
+
+@dataclass(frozen=True)
+class LoudExperts(LiftExperts):
+    """Experts that come out half as loud again."""
+
+    def apply(self, program: Program) -> Program:
+        program = super().apply(program)
+        node = first(program, "moe_1", torch.ops.moec.combine.default)
+        with node.graph.inserting_after(node):
+            loud = node.graph.call_function(aten.mul.Tensor, (node, 1.5))
+        node.replace_all_uses_with(loud, delete_user_cb=lambda user: user is not loud)
+        return done(program)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from tests.cli.broken_passes import (
     DroppedBias,
     FailedCheck,
     Honest,
+    LoudExperts,
     TinyError,
     WrongActivation,
     WrongScale,
@@ -88,6 +89,16 @@ def test_sizes_that_do_not_fit_are_named() -> None:
     assert done.finding is not None
     assert done.finding.rewrite == "wrong_shape"
     assert "shapes and dtypes that fit" in done.finding.difference.after
+
+
+def test_a_wrong_lift_is_found_in_its_layer() -> None:
+    passes = [LoudExperts(PLAN) if rewrite.name == "lift_experts" else rewrite for rewrite in pipeline(PLAN)]
+    done = bisect(open_model(GPT), PLAN, passes=passes)
+    assert done.finding is not None
+    assert done.finding.rewrite == "loud_experts"
+    found = done.finding.difference
+    assert (found.kind, found.site, found.tensor) == ("check", "moe_1", "values")
+    assert found.error == pytest.approx(0.5)
 
 
 def test_a_sound_pipeline_has_no_finding() -> None:
