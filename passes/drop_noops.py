@@ -19,7 +19,7 @@ from torch import fx
 
 from moec.ir import Pass, Program
 from moec.ir.graphs import drop_unused, weight_of
-from moec.ir.patterns import argument, call, for_each, replace, same_shape, tensor
+from moec.ir.patterns import argument, call, for_each, is_call, replace, same_shape, tensor
 
 aten = torch.ops.aten
 
@@ -88,6 +88,8 @@ def _drop(node: fx.Node, learned: set[fx.Node]) -> None:
         replace(node, node.args[0])  # type: ignore[arg-type]
     elif node.target in ANY_CAST and node.target is not aten.to.dtype:
         _plain_cast(node)
+    elif node.target is aten.where.self:
+        _plain_choice(node)
 
 
 def _is_copy(node: fx.Node) -> bool:
@@ -152,6 +154,18 @@ def _plain_cast(node: fx.Node) -> None:
     before, after = tensor(node.args[0]), tensor(node)
     if before is not None and after is not None and before.device == after.device:
         replace(node, call(node, aten.to.dtype, (node.args[0], after.dtype)))
+
+
+def _plain_choice(node: fx.Node) -> None:
+    """`where(c, x, full([], -inf))` → `where(c, x, -inf)`, where the number does not widen the result."""
+    other, kept, after = node.args[2], tensor(node.args[1]), tensor(node)
+    if not is_call(other, aten.full.default, aten.scalar_tensor.default) or kept is None or after is None:
+        return
+    assert isinstance(other, fx.Node)
+    number = other.args[-1]
+    plain = isinstance(number, (int, float)) and tensor(other).dim() == 0 and kept.is_floating_point()  # type: ignore[union-attr]
+    if plain and kept.dtype == after.dtype:
+        replace(node, call(node, aten.where.ScalarOther, (*node.args[:2], number)))
 
 
 def _reads_parameters(root: fx.GraphModule) -> set[fx.Node]:

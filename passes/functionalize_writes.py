@@ -53,7 +53,7 @@ def pure_form(node: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def _is_shared(write: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether what is written shows in another value that is still read: its base, or an earlier view of it."""
+    """Whether what is written shows in another value that is still read: its base, or an earlier view."""
     written = write.args[0]
     return _is_view(written) or (isinstance(written, fx.Node) and _has_live_view(written, write, order))
 

@@ -87,7 +87,8 @@ def _by_shape(source: fx.Node, value: Tensor) -> str | None:
         return "mask" if value.dtype is torch.bool or _comes_from_a_mask(source) else "bias"
     if value.is_floating_point() and value.dim() - 1 in sequences:
         return "bias"
-    return "p" if value.is_floating_point() else "i"
+    word = "p" if value.is_floating_point() else "i"
+    return word if value.dim() else "c"
 
 
 def _is_square(value: Tensor) -> bool:

@@ -8,12 +8,9 @@ from typing import Any
 import transformers as hf
 
 VOCABULARY = 96
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32}
+COMMON: dict[str, Any] = {**SIZES, "num_hidden_layers": 2, "num_attention_heads": 4}
+OLD: dict[str, Any] = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 GATED: dict[str, Any] = {**COMMON, "intermediate_size": 56, "num_key_value_heads": 2}
 GEMMA: dict[str, Any] = {**GATED, "head_dim": 8, "sliding_window": 4}

@@ -110,8 +110,14 @@ def test_a_bias_that_is_also_read_elsewhere_stays_a_sum() -> None:
 # norms
 
 NORMS: dict[str, tuple[object, Callable[[Around, Tensor], Tensor]]] = {
-    "rms": (aten.rms_norm.default, lambda m, x: m.v * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))),
-    "rms by root": (aten.rms_norm.default, lambda m, x: x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)),
+    "rms": (
+        aten.rms_norm.default,
+        lambda m, x: m.v * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+    ),
+    "rms by root": (
+        aten.rms_norm.default,
+        lambda m, x: x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6),
+    ),
     "rms one plus": (
         aten.rms_norm.default,
         lambda m, x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + m.v),
