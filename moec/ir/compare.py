@@ -96,7 +96,7 @@ def error_of(found: Tensor, needed: Tensor, floor: float = 0.0) -> float:
     """max |found - needed| / max(|needed|, floor); infinite for a NaN or another shape."""
     if found.shape != needed.shape:
         return float("inf")
-    if not needed.numel():
+    if not needed.numel() or (found.dtype == needed.dtype and torch.equal(found, needed)):
         return 0.0
     gap = (found - needed).abs().masked_fill(found == needed, 0.0).nan_to_num(nan=float("inf"))
     finite = needed.abs()[needed.isfinite()]

@@ -28,9 +28,8 @@ def in_dtype(
     copied = fork(root)
     _convert_weights(copied, dtype, {} if converted is None else converted)
     for _, module in graph_modules(copied):
-        for node in module.graph.nodes:
-            _retype(node, dtype)
-        module.recompile()
+        if any([_retype(node, dtype) for node in module.graph.nodes]):
+            module.recompile()
     return copied
 
 
@@ -50,10 +49,17 @@ def _converted(value: Tensor, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(made, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else made
 
 
-def _retype(node: fx.Node, dtype: torch.dtype) -> None:
-    if node.op == "call_function":
-        node.args = _mapped(node.args, lambda v: _dtype(v, dtype))
-        node.kwargs = _mapped(node.kwargs, lambda v: _dtype(v, dtype))
+def _retype(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether the node named a dtype; it names `dtype` now."""
+    if node.op != "call_function" or not _names_dtype(node):
+        return False
+    node.args = _mapped(node.args, lambda v: _dtype(v, dtype))
+    node.kwargs = _mapped(node.kwargs, lambda v: _dtype(v, dtype))
+    return True
+
+
+def _names_dtype(node: fx.Node) -> bool:
+    return any(isinstance(v, torch.dtype) for v in [*node.args, *node.kwargs.values()])
 
 
 def _dtype(value: Any, dtype: torch.dtype) -> Any:
