@@ -49,10 +49,19 @@ def _normalise(node: fx.Node) -> None:
     """`x * rsqrt(mean(x²) + eps)`, or `x / sqrt(…)`, → `rms_norm(x, [D], None, eps)`."""
     for x, scale in _operands(node):
         found = _mean_square(scale)
-        if found is not None and found[0] is x:
+        if found is not None and _same_value(found[0], x):
             width = tensor(x).shape[-1]  # type: ignore[union-attr]
             replace(node, call(node, aten.rms_norm.default, (x, [width], None, found[1])))
             return
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    """Whether two arguments are one value, or the same operator on the same values (written twice)."""
+    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return a is b or (not isinstance(a, fx.Node) and bool(a == b))
+    alike = a.op == b.op == "call_function" and a.target is b.target and a.kwargs == b.kwargs
+    random = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
+    return alike and not random and len(a.args) == len(b.args) and all(map(_same_value, a.args, b.args))
 
 
 def _centre(node: fx.Node) -> None:
