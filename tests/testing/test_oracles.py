@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moec.runtime.ops  # noqa: F401 (registers torch.ops.moec)
-from moec.testing import feed_forwards, moe_oracle
 from moec.ir.expert_oracle import Gate, choose, keep_within_capacity
+from moec.testing import feed_forwards, moe_oracle
 from moec.testing.parts.feed_forward import FeedForward, FeedForwardRecipe
 from moec.testing.recipe import fill_parameters
 
