@@ -28,7 +28,8 @@ def in_dtype(
     copied = fork(root)
     _convert_weights(copied, dtype, {} if converted is None else converted)
     for _, module in graph_modules(copied):
-        if any([_retype(node, dtype) for node in module.graph.nodes]):
+        changed = [_retype(node, dtype) for node in module.graph.nodes]
+        if any(changed):
             module.recompile()
     return copied
 
