@@ -131,7 +131,8 @@ def _mix_region(x: fx.Node, region: Region, settings: LayerSettings, plan: Plan)
     parts = [graph.call_function(aten.mul.Tensor, pair) for pair in ((experts, first), (dense, second))]
     total = graph.call_function(aten.add.Tensor, tuple(parts))
     graph.output(total)
-    for node, name in ((h, "h"), (c, "c"), (parts[0], "e"), (parts[1], "d"), (total, "y")):
+    named = (h, c, first, second, *parts, total)
+    for node, name in zip(named, ("h", "c", "c_experts", "c_dense", "e", "d", "y"), strict=True):
         node.name = name
     module = fx.GraphModule(owner, graph)
     module.meta["region"] = region

@@ -109,8 +109,11 @@ def _collect(root: fx.GraphModule, calls: list[fx.Node]) -> None:
                         graph, terms[term], _item(graph, call, position, term, region.index), weights[term]
                     )
             terms["counts"][region.name] = _item(graph, call, 3, "counts", region.index)
+        first = region_of(root.get_submodule(str(calls[0].target)))
+        assert first is not None
         for term in ("balance", "z"):
-            terms[term] = terms[term] if terms[term] is not None else _nothing(graph, term, calls[0])
+            if terms[term] is None:
+                terms[term] = _nothing(graph, term, calls[0], first.index)
     end.args = ((end.args[0], terms),)
 
 
@@ -127,11 +130,13 @@ def _item(graph: fx.Graph, call: fx.Node, position: int, name: str, index: int) 
 
 def _plus(graph: fx.Graph, total: fx.Node | None, term: fx.Node, weight: float) -> fx.Node:
     scaled = graph.call_function(aten.mul.Tensor, (term, weight))
+    scaled.name = f"weighted_{term.name}"
     return scaled if total is None else graph.call_function(aten.add.Tensor, (total, scaled))
 
 
-def _nothing(graph: fx.Graph, term: str, call: fx.Node) -> fx.Node:
+def _nothing(graph: fx.Graph, term: str, call: fx.Node, index: int) -> fx.Node:
     """A term that no layer asks for is zero, and reaches no gradient."""
     position = 1 if term == "balance" else 2
-    item = graph.call_function(operator.getitem, (call, position))
-    return graph.call_function(aten.zeros_like.default, (item,))
+    made = graph.call_function(aten.zeros_like.default, (_item(graph, call, position, term, index),))
+    made.name = f"no_{term}"
+    return made
