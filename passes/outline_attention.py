@@ -25,7 +25,14 @@ from torch import fx
 from moec.ir import Pass, Program, Region
 from moec.ir.dependence import READS_SHAPE_ONLY, token_dependent
 from moec.ir.graphs import drop_unused
-from moec.ir.outline import external_inputs, outline, parameter_only, relative_names, tensors_read
+from moec.ir.outline import (
+    common_path,
+    external_inputs,
+    outline,
+    parameter_only,
+    relative_names,
+    tensors_read,
+)
 
 aten = torch.ops.aten
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -141,7 +148,8 @@ def _outline(program: Program, found: _Attention, index: int) -> None:
     targets = tensors_read(root, found.nodes, weights)
     public = {target: program.origins.public_name(target) for target in targets}
     relative = relative_names(public.values())
-    region = Region(kind="attention", index=index, path=_path(found.nodes), source=_source(found.nodes))
+    path = common_path(str(node.meta["path"]) for node in found.nodes if node.meta.get("path"))
+    region = Region(kind="attention", index=index, path=path, source=_source(found.nodes))
     program.ledger = program.ledger.update(
         public.values(),
         role=region.name,
@@ -160,17 +168,6 @@ def _outline(program: Program, found: _Attention, index: int) -> None:
 def _input_name(node: fx.Node, position: int) -> str:
     value = node.meta.get("val")
     return node.name if isinstance(value, torch.Tensor) else f"size_{position}"
-
-
-def _path(nodes: Sequence[fx.Node]) -> str:
-    """The user's module that holds the whole attention."""
-    paths = [str(node.meta["path"]).split(".") for node in nodes if node.meta.get("path")]
-    shared: list[str] = []
-    for atoms in zip(*paths, strict=False):
-        if len(set(atoms)) > 1:
-            break
-        shared.append(atoms[0])
-    return ".".join(shared)
 
 
 def _source(nodes: Sequence[fx.Node]) -> str:

@@ -24,7 +24,7 @@ from torch import fx
 from moec.ir import Ledger, Pass, Program, Region
 from moec.ir.dependence import token_dependent
 from moec.ir.graphs import drop_unused
-from moec.ir.outline import outline, parameter_only, relative_names, tensors_read
+from moec.ir.outline import common_path, outline, parameter_only, relative_names, tensors_read
 
 from .feed_forward import FeedForward, Refusal, read_feed_forward
 from .list_products import list_products
@@ -56,8 +56,9 @@ def _outline(program: Program, found: FeedForward, index: int) -> Program:
     root, weights = program.graph, parameter_only(program.graph.graph)
     targets = tensors_read(root, found.nodes, weights)
     names = _role_names(found, relative_names(targets))
+    path = common_path(str(product.meta.get("path") or "") for product in found.products().values())
     region = Region(
-        kind="ffn", index=index, path=_common_path(found), source=found.down.meta.get("source", ""),
+        kind="ffn", index=index, path=path, source=found.down.meta.get("source", ""),
         roles={role: names[target] for target, role in found.weight_roles().items()},
     )  # fmt: skip
     program.ledger = _kept(program.ledger, found, region, program)
@@ -84,17 +85,6 @@ def _weight_target(product: fx.Node, position: int) -> str | None:
     while isinstance(value, fx.Node) and value.op != "get_attr":
         value = value.args[0]
     return str(value.target) if isinstance(value, fx.Node) else None
-
-
-def _common_path(found: FeedForward) -> str:
-    """The user's module that holds the whole region: the longest path all products share."""
-    paths = [str(p.meta.get("path") or "").split(".") for p in found.products().values()]
-    shared: list[str] = []
-    for atoms in zip(*paths, strict=False):
-        if len(set(atoms)) > 1:
-            break
-        shared.append(atoms[0])
-    return ".".join(shared)
 
 
 def _kept(ledger: Ledger, found: FeedForward, region: Region, program: Program) -> Ledger:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-from moec.ir import Pass, Program
+from moec.ir import Pass
 from moec.plan import Plan
 
 from .branch_experts import BranchExperts
 from .collect_terms import CollectTerms
+from .complete_canonical import CompleteCanonical
 from .drop_noops import DropNoops
 from .functionalize_writes import FunctionalizeWrites
 from .group_heads import GroupHeads
@@ -26,17 +24,6 @@ from .spell_linears import SpellLinears
 from .spell_masks import SpellMasks
 from .spell_norms import SpellNorms
 from .spell_products import SpellProducts
-
-
-@dataclass(frozen=True)
-class CompleteCanonical(Pass):
-    """Mark the end of stage *canonical*; the runner checks what stands in the graph."""
-
-    makes: ClassVar[str] = "canonical"
-
-    def apply(self, program: Program) -> Program:
-        """Nothing to do: the fork itself."""
-        return program
 
 
 def canonical() -> list[Pass]:

@@ -163,6 +163,16 @@ def _moved_origins(root: fx.GraphModule, origins: Origins, name: str, placed: di
     return origins.with_(added, {old for old in placed if old not in read})
 
 
+def common_path(paths: Iterable[str]) -> str:
+    """The user's module that holds all of these: the longest dotted path they share."""
+    shared: list[str] = []
+    for atoms in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(atoms)) > 1:
+            break
+        shared.append(atoms[0])
+    return ".".join(shared)
+
+
 def relative_names(targets: Iterable[str]) -> dict[str, str]:
     """Weight names relative to what they have in common: `h.0.attn.c_proj.weight` → `c_proj.weight`.
 
