@@ -1,0 +1,158 @@
+"""How the ranks of a job are arranged: named axes, and which ranks form a group along each.
+
+The dense part factors the world as data × tensor, each expert layer factors the same world anew as
+expert-data × expert × slice (the paper's multi-expert, multi-data parallelism). The last axis of each product
+runs fastest, so ranks of one tensor group, and ranks that share one expert, are neighbours:
+
+    rank = d · tensor + t                            rank = (ed · expert + e) · slice + s
+
+Pure arithmetic: no process, no tensor, nothing of torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+WORLD, DATA, TENSOR = "world", "data", "tensor"
+
+
+@dataclass(frozen=True, order=True)
+class ExpertAxes:
+    """How one expert layer factors the world: `data` groups of ranks that hold the same experts, `expert`
+    ranks that the experts are dealt out to, `slice` ranks that share each expert."""
+
+    data: int
+    expert: int = 1
+    slice: int = 1
+
+    @property
+    def _suffix(self) -> str:
+        return f"{self.expert}" if self.slice == 1 else f"{self.expert}x{self.slice}"
+
+    @property
+    def expert_axis(self) -> str:
+        """The axis that rows travel along to their experts: `expert_8`."""
+        return f"expert_{self._suffix}"
+
+    @property
+    def slice_axis(self) -> str:
+        """The axis of ranks that share one expert: `slice_8x2`."""
+        return f"slice_{self._suffix}"
+
+    @property
+    def data_axis(self) -> str:
+        """The axis of ranks that hold the same (slice of the same) experts: `expert_data_8`."""
+        return f"expert_data_{self._suffix}"
+
+    @property
+    def inside_axis(self) -> str:
+        """The part of the expert axis that lies inside a node: `expert_8_inside`."""
+        return f"{self.expert_axis}_inside"
+
+    @property
+    def between_axis(self) -> str:
+        """The part of the expert axis that runs between nodes: `expert_8_between`."""
+        return f"{self.expert_axis}_between"
+
+    def __str__(self) -> str:
+        return f"expert-data {self.data} × expert {self.expert} × slice {self.slice}"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """`data` × `tensor` ranks, `node` neighbouring ranks to a machine, and how expert layers factor them.
+
+    `layers`: expert layer (`moe_3`) → its axes; each has as many ranks as the world.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    node: int = 8
+    layers: tuple[tuple[str, ExpertAxes], ...] = ()
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return self.data * self.tensor
+
+    def axes_of(self, layer: str) -> ExpertAxes:
+        """The axes of the expert layer `moe_3`."""
+        return dict(self.layers)[layer]
+
+    @property
+    def expert_axes(self) -> tuple[ExpertAxes, ...]:
+        """The distinct factorisations, in order; layers of the same one share their groups."""
+        return tuple(dict.fromkeys(axes for _, axes in self.layers))
+
+    def axes(self) -> dict[str, int]:
+        """Every axis by name, with its number of ranks; those of one rank included."""
+        sizes = {WORLD: self.world, DATA: self.data, TENSOR: self.tensor}
+        for axes in self.expert_axes:
+            inside = self.inside(axes)
+            sizes |= {
+                axes.data_axis: axes.data, axes.expert_axis: axes.expert, axes.slice_axis: axes.slice,
+                axes.inside_axis: inside, axes.between_axis: axes.expert // inside,
+            }  # fmt: skip
+        return sizes
+
+    def inside(self, axes: ExpertAxes) -> int:
+        """How many consecutive ranks of an expert axis share a node: a divisor of the axis, 1 when none do.
+
+        Ranks of the axis are `slice` apart, so a node of 8 holds 4 of them when slice is 2.
+        """
+        held = max(1, self.node // axes.slice)
+        return math.gcd(axes.expert, held) if self.world > self.node else axes.expert
+
+    def coordinate(self, axis: str, rank: int) -> int:
+        """The place of `rank` in its group along `axis`."""
+        return self.group(axis, rank).index(rank)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The place of `rank` along every axis."""
+        return {axis: self.coordinate(axis, rank) for axis in self.axes()}
+
+    def group(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The ranks of the group of `rank` along `axis`, in the order of the axis."""
+        first, stride, count = self._span(axis, rank)
+        return tuple(range(first, first + stride * count, stride))
+
+    def groups(self, axis: str) -> list[tuple[int, ...]]:
+        """Every group along `axis`; together they hold each rank once."""
+        return sorted({self.group(axis, rank) for rank in range(self.world)})
+
+    def _span(self, axis: str, rank: int) -> tuple[int, int, int]:
+        """(first rank, distance between neighbours, number of ranks) of the group of `rank` along `axis`."""
+        for name, stride, count in self._strides():
+            if name == axis:
+                return rank - (rank // stride) % count * stride, stride, count
+        raise KeyError(f"no axis {axis!r}; there are {', '.join(self.axes())}")
+
+    def _strides(self) -> Iterator[tuple[str, int, int]]:
+        yield WORLD, 1, self.world
+        yield DATA, self.tensor, self.data
+        yield TENSOR, 1, self.tensor
+        for axes in self.expert_axes:
+            inside = self.inside(axes)
+            yield axes.slice_axis, 1, axes.slice
+            yield axes.expert_axis, axes.slice, axes.expert
+            yield axes.inside_axis, axes.slice, inside
+            yield axes.between_axis, axes.slice * inside, axes.expert // inside
+            yield axes.data_axis, axes.slice * axes.expert, axes.data
+
+    def to_json(self) -> dict[str, object]:
+        """As plain data; `of_json` reads it back."""
+        layers = {name: [axes.data, axes.expert, axes.slice] for name, axes in self.layers}
+        return {"data": self.data, "tensor": self.tensor, "node": self.node, "layers": layers}
+
+    @classmethod
+    def of_json(cls, record: Mapping[str, object]) -> Mesh:
+        """The mesh that `to_json` wrote."""
+        layers = record["layers"]
+        assert isinstance(layers, Mapping)
+        data, tensor, node = (int(str(record[key])) for key in ("data", "tensor", "node"))
+        return cls(data, tensor, node, tuple((name, ExpertAxes(*sizes)) for name, sizes in layers.items()))
+
+    def __str__(self) -> str:
+        return f"{self.world} ranks: data {self.data} × tensor {self.tensor}"
