@@ -62,6 +62,10 @@ class TrainError(MoecError):
     """Training cannot go on (for example: the loss is not a number)."""
 
 
+class MeshError(MoecError):
+    """The ranks of a job do not fit the mesh, cannot meet, or do not do the same thing."""
+
+
 class OperatorError(MoecError):
     """A `moec::` operator was called with arguments that mean nothing (top_k above the number of experts,
     …)."""

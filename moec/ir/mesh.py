@@ -11,9 +11,11 @@ Pure arithmetic: no process, no tensor, nothing of torch.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 WORLD, DATA, TENSOR = "world", "data", "tensor"
 
@@ -45,6 +47,12 @@ class ExpertAxes:
     def data_axis(self) -> str:
         """The axis of ranks that hold the same (slice of the same) experts: `expert_data_8`."""
         return f"expert_data_{self._suffix}"
+
+    @property
+    def alike_axis(self) -> str:
+        """The axis of ranks that have the same place on the expert axis, whatever their slice: what holds a
+        weight that is dealt out by expert and not sliced: `expert_alike_8x2`."""
+        return f"expert_alike_{self._suffix}"
 
     @property
     def inside_axis(self) -> str:
@@ -88,14 +96,9 @@ class Mesh:
 
     def axes(self) -> dict[str, int]:
         """Every axis by name, with its number of ranks; those of one rank included."""
-        sizes = {WORLD: self.world, DATA: self.data, TENSOR: self.tensor}
-        for axes in self.expert_axes:
-            inside = self.inside(axes)
-            sizes |= {
-                axes.data_axis: axes.data, axes.expert_axis: axes.expert, axes.slice_axis: axes.slice,
-                axes.inside_axis: inside, axes.between_axis: axes.expert // inside,
-            }  # fmt: skip
-        return sizes
+        return {
+            axis: math.prod(count for _, count in loops) for axis, loops in self._all_loops.items()
+        }
 
     def inside(self, axes: ExpertAxes) -> int:
         """How many consecutive ranks of an expert axis share a node: a divisor of the axis, 1 when none do.
@@ -107,7 +110,10 @@ class Mesh:
 
     def coordinate(self, axis: str, rank: int) -> int:
         """The place of `rank` in its group along `axis`."""
-        return self.group(axis, rank).index(rank)
+        place = 0
+        for stride, count in self._loops(axis):
+            place = place * count + rank // stride % count
+        return place
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """The place of `rank` along every axis."""
@@ -115,31 +121,37 @@ class Mesh:
 
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks of the group of `rank` along `axis`, in the order of the axis."""
-        first, stride, count = self._span(axis, rank)
-        return tuple(range(first, first + stride * count, stride))
+        loops = self._loops(axis)
+        first = rank - sum(rank // stride % count * stride for stride, count in loops)
+        steps = itertools.product(*(range(0, stride * count, stride) for stride, count in loops))
+        return tuple(first + sum(step) for step in steps)
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """Every group along `axis`; together they hold each rank once."""
         return sorted({self.group(axis, rank) for rank in range(self.world)})
 
-    def _span(self, axis: str, rank: int) -> tuple[int, int, int]:
-        """(first rank, distance between neighbours, number of ranks) of the group of `rank` along `axis`."""
-        for name, stride, count in self._strides():
-            if name == axis:
-                return rank - (rank // stride) % count * stride, stride, count
-        raise KeyError(f"no axis {axis!r}; there are {', '.join(self.axes())}")
+    def _loops(self, axis: str) -> list[tuple[int, int]]:
+        """What a group along `axis` runs over: (distance between neighbours, number of them), slowest
+        first."""
+        known = self._all_loops
+        if axis not in known:
+            raise KeyError(f"no axis {axis!r}; there are {', '.join(known)}")
+        return known[axis]
 
-    def _strides(self) -> Iterator[tuple[str, int, int]]:
-        yield WORLD, 1, self.world
-        yield DATA, self.tensor, self.data
-        yield TENSOR, 1, self.tensor
+    @cached_property
+    def _all_loops(self) -> dict[str, list[tuple[int, int]]]:
+        found = {WORLD: [(1, self.world)], DATA: [(self.tensor, self.data)], TENSOR: [(1, self.tensor)]}
         for axes in self.expert_axes:
-            inside = self.inside(axes)
-            yield axes.slice_axis, 1, axes.slice
-            yield axes.expert_axis, axes.slice, axes.expert
-            yield axes.inside_axis, axes.slice, inside
-            yield axes.between_axis, axes.slice * inside, axes.expert // inside
-            yield axes.data_axis, axes.slice * axes.expert, axes.data
+            inside, held = self.inside(axes), axes.slice * axes.expert
+            found |= {
+                axes.slice_axis: [(1, axes.slice)],
+                axes.expert_axis: [(axes.slice, axes.expert)],
+                axes.data_axis: [(held, axes.data)],
+                axes.alike_axis: [(held, axes.data), (1, axes.slice)],
+                axes.inside_axis: [(axes.slice, inside)],
+                axes.between_axis: [(axes.slice * inside, axes.expert // inside)],
+            }
+        return found
 
     def to_json(self) -> dict[str, object]:
         """As plain data; `of_json` reads it back."""

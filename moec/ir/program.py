@@ -21,6 +21,7 @@ from .diff import diff_text
 from .graphs import fork
 from .ledger import Ledger
 from .origins import Origins
+from .placement import Layout
 from .region import region_of, regions
 from .text import program_text
 
@@ -50,7 +51,8 @@ class Program(nn.Module):
     `stages`,
     a snapshot of the graph after every pass. Snapshots share all weights with the program. Parameters keep
     the user's names wherever they are untouched (`named_parameters`, `state_dict`). `texts` holds the text of
-    stages that are not there as graphs: those of a program that was loaded.
+    stages that are not there as graphs: those of a program that was loaded. `layout`: how the program lies on
+    a mesh of ranks, from the stage *placed* on; `rank`: whose part of it this is, None for the whole.
     """
 
     def __init__(
@@ -65,10 +67,13 @@ class Program(nn.Module):
         snapshots: Mapping[str, fx.GraphModule] | None = None,
         plan: Any = None,
         texts: Mapping[str, str] | None = None,
+        layout: Layout | None = None,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
         self.graph = graph
         self.source, self.origins, self.stage, self.plan = source, origins, stage, plan
+        self.layout, self.rank = layout, rank
         self.ledger = Ledger() if ledger is None else ledger  # one without rows is false, and may hold notes
         self.certificates = certificates
         self._snapshots = dict(snapshots or {})
@@ -83,7 +88,7 @@ class Program(nn.Module):
         return {
             "source": self.source, "origins": self.origins, "ledger": self.ledger, "stage": self.stage,
             "certificates": self.certificates, "snapshots": self._snapshots, "plan": self.plan,
-            "texts": self.texts,
+            "texts": self.texts, "layout": self.layout, "rank": self.rank,
         }  # fmt: skip
 
     def with_snapshot(self, *names: str) -> Program:
@@ -217,7 +222,8 @@ class Program(nn.Module):
         """What stands above the text: the model, the stage, the size, the expert layers."""
         total, active = self.num_parameters(), self.num_parameters(active=True)
         size = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
-        return [f"{self.source.name} · {self.stage} · {size}", *self._experts()]
+        mesh = [] if self.layout is None else [str(self.layout.mesh)]
+        return [f"{self.source.name} · {self.stage} · {size}", *self._experts(), *mesh]
 
     def _experts(self) -> list[str]:
         """`10 × 32 experts, 1 active` for the expert layers of each size."""

@@ -94,7 +94,7 @@ class Namespace:
         return Operator(found)
 
 
-NAMESPACES = {"moec": Namespace("moec")}
+NAMESPACES = {name: Namespace(name) for name in ("moec", "_c10d_functional")}
 
 
 def packet(word: str) -> OpOverloadPacket | None:

@@ -8,6 +8,30 @@ token t.
 
 from __future__ import annotations
 
-from moec.runtime.ops import assign, combine, dispatch, grouped_linear, jitter, losses, route, router
+from moec.runtime.ops import (
+    admit,
+    assign,
+    combine,
+    dispatch,
+    exchange,
+    grouped_linear,
+    jitter,
+    losses,
+    route,
+    router,
+    share,
+)
 
-__all__ = ["assign", "combine", "dispatch", "grouped_linear", "jitter", "losses", "route", "router"]
+__all__ = [
+    "admit",
+    "assign",
+    "combine",
+    "dispatch",
+    "exchange",
+    "grouped_linear",
+    "jitter",
+    "losses",
+    "route",
+    "router",
+    "share",
+]
