@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         OperatorError,
         PassError,
         PlanError,
+        RankError,
         TrainError,
         VerifyError,
     )
@@ -42,6 +43,7 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanError",
+    "RankError",
     "Program",
     "TrainError",
     "VerifyError",

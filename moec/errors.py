@@ -66,6 +66,10 @@ class MeshError(MoecError):
     """The ranks of a job do not fit the mesh, cannot meet, or do not do the same thing."""
 
 
+class RankError(MeshError):
+    """A rank of the job hangs, or was lost: nobody's mistake, and starting again may help."""
+
+
 class OperatorError(MoecError):
     """A `moec::` operator was called with arguments that mean nothing (top_k above the number of experts,
     …)."""

@@ -43,7 +43,8 @@ def connected(mesh: Mesh, *, timeout: timedelta | None = None, device: str = "cp
         return
     started = not dist.is_initialized()
     if started:
-        _meet(mesh, timeout, device)
+        _check_world(mesh, int(os.environ.get("WORLD_SIZE", mesh.world)))
+        meet(timeout, device)
     try:
         _check_world(mesh, dist.get_world_size())
         with _made_groups(mesh, dist.get_rank(), timeout) as groups, registered(groups):
@@ -71,14 +72,13 @@ def registered(
                 c10d._unregister_process_group(GroupName(name))
 
 
-def _meet(mesh: Mesh, timeout: timedelta | None, device: str) -> None:
-    """Make the default process group from the environment."""
+def meet(timeout: timedelta | None = None, device: str = "cpu") -> None:
+    """Make the default process group from the environment; `MeshError` as for `connected`."""
     missing = [name for name in _RENDEZVOUS if name not in os.environ]
     if missing:
         found = f"no process group, and no {', '.join(missing)} in the environment"
-        command = f"torchrun --nproc-per-node {mesh.world} -m moec …"
-        raise MeshError("mesh", found, f"{mesh.world} processes that can find each other", command)
-    _check_world(mesh, int(os.environ["WORLD_SIZE"]))
+        command = "torchrun --nproc-per-node N -m moec …"
+        raise MeshError("mesh", found, "processes that can find each other", command)
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
