@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from moec.capture import capture
+from moec.errors import PlanError
 from moec.passes.pipeline import pipeline
 from moec.passes.runner import Runner
 from moec.plan import Plan
@@ -27,6 +30,7 @@ def compile(
     verify: str | bool | None = None,
     disable: Collection[str] = (),
     backend: str | None = None,
+    world: int | None = None,
 ) -> Program:
     """Turn a dense decoder into the program that `plan` describes.
 
@@ -35,6 +39,8 @@ def compile(
     `plan`: a TOML file, the name of a shipped plan, a `moec.Plan`, a mapping, or None to stay dense.
     `example_inputs`: where they cannot be inferred. `verify`: "auto" (default: prove contracts where that
     takes seconds), "full", "off". `disable`: names of passes to leave out. `backend`: "eager" or "inductor".
+    `world`: the number of ranks to place it on; None: as the plan's `[parallel]` and the launcher say (see
+    `world_of`). On more than one, `program.partition(rank)` and `program.simulate(tokens)` follow.
     Raises `PlanError`, `CaptureError`, `PassError` or `VerifyError`; each says where, what was found, and
     what was needed.
     """
@@ -42,8 +48,29 @@ def compile(
     program = capture(model, example_inputs=example_inputs, dtype=DTYPES[chosen.compile.dtype])
     program.plan = chosen
     runner = Runner(verify=_verify(verify, chosen), disable=disable)
-    done = runner.run(program, pipeline(chosen))
+    done = runner.run(program, pipeline(chosen, world_of(chosen, world)))
     return Program.of(done, backend=backend or chosen.compile.backend)
+
+
+def world_of(plan: Plan, asked: int | None = None) -> int:
+    """The number of ranks a program is placed on.
+
+    What is asked for; else data × tensor, where the plan gives both; else the launcher's WORLD_SIZE; else the
+    fewest ranks on which the plan's `tensor`, `expert` and `slice` all have their way. Raises `PlanError` when
+    a number of ranks is asked for that the axes do not divide.
+    """
+    parallel = plan.parallel
+    if asked is not None:
+        if asked < 1:
+            raise PlanError("world", f"{asked} ranks", "one rank at least")
+        return asked
+    if parallel.data != "auto":
+        return parallel.data * parallel.tensor
+    launched = os.environ.get("WORLD_SIZE")
+    if launched is not None and launched.isdigit():
+        return int(launched)
+    experts = parallel.expert if plan.moe is not None else 1
+    return math.lcm(parallel.tensor, parallel.slice * experts)
 
 
 def _verify(asked: str | bool | None, plan: Plan) -> str:

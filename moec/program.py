@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from moec.ir import region_of, regions
 from moec.ir.retarget import on_device
 from moec.plan import LayerSettings
 from moec.runtime.trainable import LossTerms
+
+if TYPE_CHECKING:
+    from moec.local_program import LocalProgram
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 
@@ -133,6 +136,16 @@ class Program(ir.Program):
         from moec.runtime.artifact import save_program
 
         return save_program(self, directory)
+
+    def partition(self, rank: int) -> LocalProgram:
+        """The program of one rank: its parts of the weights (copies), its communication in the graph.
+
+        The text is the same for every rank. A program that is not placed has one rank, 0. Raises `PassError`
+        for a rank that is not on the mesh.
+        """
+        from moec.local_program import partition
+
+        return partition(self, rank)
 
     def to_dtype(self, dtype: torch.dtype) -> Program:
         """A copy in another floating dtype, casts and constants included."""

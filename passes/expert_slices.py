@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.errors import PlanError
 from moec.ir.graphs import weight_of
 from moec.ir.patterns import is_call, tensor

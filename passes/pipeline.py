@@ -5,6 +5,7 @@ from __future__ import annotations
 from moec.ir import Pass
 from moec.plan import Plan
 
+from .arrange_ranks import ArrangeRanks
 from .branch_experts import BranchExperts
 from .collect_terms import CollectTerms
 from .complete_canonical import CompleteCanonical
@@ -12,12 +13,15 @@ from .drop_noops import DropNoops
 from .functionalize_writes import FunctionalizeWrites
 from .group_heads import GroupHeads
 from .lift_experts import LiftExperts
+from .lower_experts import LowerExperts
 from .merge_equal_values import MergeEqualValues
 from .name_values import NameValues
 from .normalize_views import NormalizeViews
 from .outline_attention import OutlineAttention
 from .outline_feed_forwards import OutlineFeedForwards
 from .outline_positions import OutlinePositions
+from .overlap_exchanges import OverlapExchanges
+from .place_experts import PlaceExperts
 from .spell_activations import SpellActivations
 from .spell_attention import SpellAttention
 from .spell_linears import SpellLinears
@@ -56,6 +60,16 @@ def sparse(plan: Plan) -> list[Pass]:
     return [BranchExperts(plan), LiftExperts(plan), CollectTerms()]
 
 
-def pipeline(plan: Plan) -> list[Pass]:
-    """Everything that `moec.compile` runs for `plan`, in order."""
-    return [*canonical(), *structured(), *sparse(plan)]
+def pipeline(plan: Plan, world: int = 1) -> list[Pass]:
+    """Everything that `moec.compile` runs for `plan` on `world` ranks, in order."""
+    return [*canonical(), *structured(), *sparse(plan), *placed(plan, world)]
+
+
+def placed(plan: Plan, world: int) -> list[Pass]:
+    """sparse → placed: where everything lies on `world` ranks; nothing for a single rank."""
+    return [ArrangeRanks(plan, world), PlaceExperts()] if world > 1 else []
+
+
+def partitioned(rank: int) -> list[Pass]:
+    """placed → partitioned: the program of one rank, its communication spelled out."""
+    return [LowerExperts(rank), OverlapExchanges()]

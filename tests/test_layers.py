@@ -22,7 +22,7 @@ BELOW = {
     "runtime": LANGUAGE | {"runtime.ops"},
 }
 ROOF = {"view", "program", "api", "cli", "commands", "__main__", "__init__"}
-ROOF |= {"models", "pretrained", "explain", "bisect", "difference", "values", "reproduction"}
+ROOF |= {"models", "pretrained", "explain", "bisect", "difference", "values", "reproduction", "local_program"}
 
 
 def room_of(module: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-KINDS = ("positions", "attention", "ffn", "branch", "moe", "mix")
+KINDS = ("positions", "attention", "ffn", "branch", "dispatch", "moe", "mix")
 
 
 @dataclass(frozen=True)

@@ -101,4 +101,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "canonical": CANONICAL,
     "structured": (*CANONICAL, _calls_regions),
     "sparse": (*CANONICAL, _calls_regions),
+    "placed": (*CANONICAL, _calls_regions),
+    "partitioned": (*CANONICAL, _calls_regions),
 }
