@@ -1,0 +1,202 @@
+"""Where a rank is: the collectives it has entered, noted as it enters them.
+
+The process group of each mesh axis is wrapped, so that whatever communicates along an axis (a node of the
+program, its backward, the trainer) is seen, and nothing in the program changes. A note costs microseconds;
+sentences are made of notes when somebody asks.
+
+The layer is known in both directions. Forward, hooks say which region is running. Backward, the autograd
+engine says which node is running, and a node has the sequence number it got in the forward of its region.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
+from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
+
+from moec.ir import region_of
+from moec.runtime.ops.groups import group_of
+
+#: How many entries along one axis are remembered; a rank is never further ahead of another than that.
+REMEMBERED = 8
+
+#: The methods that a group is called by, here by the names that people call them by.
+OPERATIONS = {
+    "allreduce": "all_reduce",
+    "allreduce_coalesced": "all_reduce",
+    "allgather": "all_gather",
+    "_allgather_base": "all_gather",
+    "all_gather_single": "all_gather",
+    "all_gather_single_coalesced": "all_gather",
+    "allgather_into_tensor_coalesced": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "_reduce_scatter_base": "reduce_scatter",
+    "reduce_scatter_single": "reduce_scatter",
+    "reduce_scatter_single_coalesced": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "alltoall": "all_to_all",
+    "alltoall_base": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "broadcast": "broadcast",
+    "barrier": "barrier",
+    "send": "send",
+    "recv": "receive",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A collective that a rank entered: the `number`-th along its axis."""
+
+    axis: str
+    op: str
+    number: int
+    step: int
+    layer: str
+    direction: str
+
+    def __str__(self) -> str:
+        layer = f" in {self.layer}" if self.layer else ""
+        return f"{self.op} over {self.axis}{layer} ({self.direction}, step {self.step})"
+
+
+class Trail:
+    """The notes of one rank; `step` tells the step that is being taken.
+
+    Written by the thread that trains, read by the one that watches.
+    """
+
+    def __init__(self, step: Callable[[], int] = lambda: 0) -> None:
+        self._step = step
+        self._entries: dict[str, deque[Entry]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._counts: dict[str, int] = defaultdict(int)
+        self._region, self._inside = "", False
+        self._bounds: list[int] = []  # sequence numbers at which another region begins …
+        self._names: list[str] = []  # … and which
+        self.last: Entry | None = None
+
+    @property
+    def length(self) -> int:
+        """How many collectives were entered, along all axes."""
+        return sum(list(self._counts.values()))
+
+    def count(self, axis: str) -> int:
+        """How many collectives were entered along `axis`."""
+        return self._counts.get(axis, 0)
+
+    def recent(self, axis: str) -> list[Entry]:
+        """The last entries along `axis`, oldest first."""
+        return list(self._entries[axis]) if axis in self._entries else []
+
+    def enter(self, axis: str, op: str) -> None:
+        """Note that this rank enters `op` along `axis` now."""
+        self._counts[axis] = number = self._counts[axis] + 1
+        layer, direction = self._place()
+        self.last = Entry(axis, op, number, self._step(), layer, direction)
+        self._entries[axis].append(self.last)
+
+    def _place(self) -> tuple[str, str]:
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return self._region, "forward" if self._inside else "outside of the layers"
+        if self._region:
+            return self._region, "recomputation"
+        place = bisect_right(self._bounds, node._sequence_nr()) - 1
+        return self._names[place] if place >= 0 else "", "backward"
+
+    @contextmanager
+    def follow(self, root: nn.Module) -> Iterator[None]:
+        """Know the regions of the graph `root` by name while inside, by hooks on its modules."""
+        hooks = [root.register_forward_pre_hook(self._begin), root.register_forward_hook(self._finish)]
+        for module in root.modules():
+            region = region_of(module)
+            if region is not None:
+                hooks += self._follow_region(module, region.name)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _follow_region(self, module: nn.Module, name: str) -> list[Any]:
+        def enter(*_: object) -> None:
+            self._cross(name)
+
+        def leave(*_: object) -> None:
+            self._cross("")
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def _cross(self, region: str) -> None:
+        self._region = region
+        if torch._C._current_autograd_node() is None:  # a recomputation has numbers that no backward runs
+            self._bounds.append(_get_sequence_nr())
+            self._names.append(region)
+
+    def _begin(self, *_: object) -> None:
+        self._inside = True
+        self._region = ""
+        self._bounds, self._names = [], []
+
+    def _finish(self, *_: object) -> None:
+        self._inside = False
+
+
+class WatchedGroup(dist.ProcessGroup):
+    """The process group of an axis, that notes what it is asked for and hands it on."""
+
+    def __init__(self, axis: str, inner: dist.ProcessGroup, trail: Trail) -> None:
+        super().__init__(inner.rank(), inner.size())
+        self.axis, self.inner, self.trail = axis, inner, trail
+
+    def getBackendName(self) -> str:
+        """The backend of the group inside."""
+        return str(self.inner.name())
+
+    @property
+    def group_name(self) -> str:
+        """The axis: what the group is registered under."""
+        return self.axis
+
+
+def _noting(method: str, op: str) -> Callable[..., Any]:
+    @wraps(getattr(dist.ProcessGroup, method))
+    def call(self: WatchedGroup, *args: Any, **options: Any) -> Any:
+        self.trail.enter(self.axis, op)
+        return getattr(self.inner, method)(*args, **options)
+
+    return call
+
+
+for _method, _op in OPERATIONS.items():
+    if hasattr(dist.ProcessGroup, _method):  # the names differ between versions of torch
+        setattr(WatchedGroup, _method, _noting(_method, _op))
+
+
+@contextmanager
+def watched_axes(axes: list[str], trail: Trail) -> Iterator[None]:
+    """Note in `trail` all that goes along `axes`, whose groups are registered already, while inside."""
+    inner = {axis: group_of(axis) for axis in axes}
+    watched = {axis: WatchedGroup(axis, group, trail) for axis, group in inner.items()}
+    for axis in axes:  # torch's table refers weakly to them; `watched` keeps them
+        _replace(axis, watched[axis])
+    try:
+        yield
+    finally:
+        for axis, group in inner.items():
+            _replace(axis, group)
+
+
+def _replace(axis: str, group: dist.ProcessGroup) -> None:
+    _unregister_process_group(axis)
+    _register_process_group(axis, group)
