@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moec.plan import Train
 from moec.runtime.data import Batch
+from moec.runtime.ranks import ALONE, Ranks
 from moec.runtime.trainable import LossTerms, Trainable
 
 
@@ -49,7 +50,7 @@ class LossSum:
     _weight: int = 0
 
     def add(self, terms: LossTerms, weight: int) -> None:
-        """Count `terms` in, as means over `weight` tokens."""
+        """Count `terms` in, as means (or this rank's shares of them) over `weight` tokens of the job."""
         self._weight += weight
         for name in ("loss", "task", "balance", "z"):
             if name in terms:
@@ -63,9 +64,12 @@ class LossSum:
         """Tokens counted in so far."""
         return self._weight
 
-    def mean(self) -> BatchLoss:
-        """Means over all tokens, and sums of the counts; a term that no part had is zero."""
-        means = {name: float(total) / self._weight for name, total in self._terms.items()}
+    def mean(self, ranks: Ranks = ALONE) -> BatchLoss:
+        """Means over all tokens, and sums of the counts; a term that no part had is zero.
+
+        On several ranks the terms are shares, summed here; the counts are those of the job already.
+        """
+        means = {name: float(total) / self._weight for name, total in ranks.sums(self._terms).items()}
         return BatchLoss(
             means["loss"], means["task"], means.get("balance", 0.0), means.get("z", 0.0), dict(self._counts)
         )

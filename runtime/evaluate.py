@@ -12,8 +12,9 @@ from moec.plan import Train
 from moec.runtime.balance import Load, loads_of
 from moec.runtime.batch_loss import LossSum, compute_loss
 from moec.runtime.data import TextData
+from moec.runtime.ranks import ranks_of
 from moec.runtime.rng import borrowed_rng
-from moec.runtime.trainable import Trainable, device_of, in_mode
+from moec.runtime.trainable import Trainable, in_mode
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,17 @@ def evaluate(
     """Evaluate on `batches` batches spread over the held-out text, or on all of it.
 
     Dropout and routing noise are off, the mode of `program` and torch's random state are as before
-    afterwards. `settings` says the batch size and the arithmetic.
+    afterwards. `settings` says the batch size and the arithmetic. Every rank of a job must evaluate, and gets
+    the same.
     """
     settings = settings or Train()
-    device = device_of(program)
+    ranks = ranks_of(program)
     total = LossSum()
-    with torch.no_grad(), in_mode(program, training=False), borrowed_rng(device):
-        for tokens, targets in data.held_out_batches(settings.batch // settings.accumulate, batches):
-            batch = tokens.to(device), targets.to(device)
-            total.add(compute_loss(program, batch, settings), tokens.numel())
-    loss = total.mean()
+    with torch.no_grad(), in_mode(program, training=False), borrowed_rng(ranks.device):
+        for batch in data.held_out_batches(settings.batch // settings.accumulate, batches):
+            tokens, targets = (side.to(ranks.device) for side in ranks.stretch(batch))
+            total.add(compute_loss(program, (tokens, targets), settings), batch[0].numel())
+    loss = total.mean(ranks)
     load = loads_of(loss.counts, program.moe_settings(), total.num_tokens)
     counts = {layer: tuple(row.tolist()) for layer, row in loss.counts.items()}
     return Evaluation(loss.task, total.num_tokens, load, counts)

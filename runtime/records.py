@@ -85,6 +85,28 @@ class RecordBook:
             self._board.close()
 
 
+class NoRecords(RecordBook):
+    """The book of a rank that writes none."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    @property
+    def has_board(self) -> bool:
+        return True
+
+    def write(self, record: StepRecord | EvaluationRecord) -> None:
+        """Written by the first rank."""
+
+    def flush(self) -> None:
+        """Nothing to hand over."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close."""
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a `train.jsonl` as dictionaries, oldest first."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

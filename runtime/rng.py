@@ -26,6 +26,11 @@ def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+def seed_of(seed: int, place: int) -> int:
+    """The seed of the `place`-th of several streams of draws; the first has `seed` itself."""
+    return (seed + place * 0x9E3779B97F4A7C15) % 2**63
+
+
 @contextmanager
 def borrowed_rng(device: torch.device) -> Iterator[None]:
     """Whatever is drawn inside, torch's generators are as before afterwards."""

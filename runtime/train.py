@@ -1,4 +1,4 @@
-"""The trainer, for one process: steps, evaluations, checkpoints and records in the right order.
+"""The trainer: steps, evaluations, checkpoints and records in the right order.
 
 Everything it needs is handed in, everything it makes lies in `out_dir`:
 
@@ -8,12 +8,17 @@ Everything it needs is handed in, everything it makes lies in `out_dir`:
 
 A run that was stopped and resumed takes the same steps, bit for bit, as one that was not: batches are a
 function of the position in the data, and the checkpoint holds everything else (see `snapshot.py`).
+
+The parts of a program that the ranks of a job hold train together: every rank runs a trainer with the same
+settings and data, the first writes the records and shows the progress, and each writes what it holds into the
+checkpoints. A job may go on with the checkpoint of another mesh, or of one process, and the other way round.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +29,15 @@ from rich.console import Console
 from moec.errors import ArtifactError, TrainError
 from moec.plan import Plan, Train
 from moec.runtime.balance import loads_of
-from moec.runtime.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from moec.runtime.checkpoint import latest_checkpoint, read_manifest, require_whole_files, save_checkpoint
 from moec.runtime.data import TextData
 from moec.runtime.display import TrainingDisplay
 from moec.runtime.evaluate import Evaluation, evaluate
 from moec.runtime.interrupt import Interrupt
-from moec.runtime.records import EvaluationRecord, RecordBook, StepRecord
-from moec.runtime.rng import borrowed_rng
+from moec.runtime.records import EvaluationRecord, NoRecords, RecordBook, StepRecord
+from moec.runtime.rng import borrowed_rng, seed_of
 from moec.runtime.schedule import learning_rate
-from moec.runtime.snapshot import restore_snapshot, take_snapshot
+from moec.runtime.snapshot import restore_random, restore_snapshot, take_snapshot
 from moec.runtime.step import OptimizerStep
 from moec.runtime.trainable import Trainable, in_mode
 
@@ -84,10 +89,13 @@ class Trainer:
             found = f"sequence = {settings.sequence}, and data cut into {data.sequence}"
             raise TrainError("settings", found, f"load_text(…, sequence={settings.sequence})")
         self.program, self.settings, self.data = program, settings, data
-        self.out_dir, self.plan, self.console = Path(out_dir), plan, console or Console()
         self._stepper = OptimizerStep(program, settings)
+        self._ranks = self._stepper.ranks
+        self.out_dir, self.plan = Path(out_dir), plan
+        self.console = (console or Console()) if self._ranks.is_first else Console(quiet=True)
         self._result = TrainResult()
         self._position, self._saved_step = 0, -1
+        self._ranks.require_alike({name: str(value) for name, value in self._identity().items()})
         self._require_fitting_data()
 
     def run(self, *, resume: bool = False, stop_at: int | None = None) -> TrainResult:
@@ -99,12 +107,12 @@ class Trainer:
         The caller's random state is untouched.
         """
         last = min(self.settings.steps, stop_at or self.settings.steps)
-        with borrowed_rng(self._stepper.device), in_mode(self.program, training=True):
+        with borrowed_rng(self._ranks.device), in_mode(self.program, training=True):
             self._result = self._resumed() if resume else self._fresh()
             first = self._result.step
             with (
                 Interrupt() as interrupt,
-                RecordBook(self.out_dir, first) as book,
+                self._open_book(first) as book,
                 TrainingDisplay(self.console, first, last, self.settings.log_every) as display,
             ):
                 display.start(book)
@@ -113,7 +121,7 @@ class Trainer:
 
     def _train(self, last: int, interrupt: Interrupt, book: RecordBook, display: TrainingDisplay) -> None:
         result = self._result
-        while result.step < last and not interrupt.requested:
+        while result.step < last and not self._ranks.any(interrupt.requested):
             record = self._step()
             result.history.append(record)
             display.step(record)
@@ -127,6 +135,10 @@ class Trainer:
         if result.interrupted:
             self._save(book)
             display.note(f"interrupted after step {result.step}; saved {result.checkpoint}")
+
+    def _open_book(self, step: int) -> RecordBook:
+        with self._ranks.together():
+            return RecordBook(self.out_dir, step) if self._ranks.is_first else NoRecords()
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self._result.step % every == 0
@@ -164,25 +176,38 @@ class Trainer:
         display.evaluation(record)
 
     def _fresh(self) -> TrainResult:
-        latest = latest_checkpoint(self.out_dir)
-        if latest is not None:
-            found = f"checkpoints of another run, up to {latest.name}"
-            raise TrainError(str(self.out_dir), found, "an empty folder, or resume=True")
-        torch.manual_seed(self.settings.seed)
+        with self._ranks.together():
+            latest = latest_checkpoint(self.out_dir)
+            if latest is not None:
+                found = f"checkpoints of another run, up to {latest.name}"
+                raise TrainError(str(self.out_dir), found, "an empty folder, or resume=True")
+        self._seed_draws()
         self._position, self._saved_step = 0, -1
         return TrainResult()
 
     def _resumed(self) -> TrainResult:
-        latest = latest_checkpoint(self.out_dir)
-        if latest is None:
-            raise ArtifactError(
-                str(self.out_dir), "no checkpoint", "a folder of an earlier run, or resume=False"
-            )
-        checkpoint = load_checkpoint(latest)
-        self._require_same_run(checkpoint)
-        restore_snapshot(checkpoint, self.program, self._stepper.optimizer, self._stepper.device)
-        self._position, self._saved_step = checkpoint.record["position"], checkpoint.step
-        return TrainResult(step=checkpoint.step, checkpoint=latest)
+        with self._ranks.together():
+            latest = latest_checkpoint(self.out_dir)
+            if latest is None:
+                where, needed = str(self.out_dir), "a folder of an earlier run, or resume=False"
+                raise ArtifactError(where, "no checkpoint", needed)
+            manifest = read_manifest(latest)
+        step, record = manifest["step"], manifest["record"]
+        self._ranks.require_alike({"checkpoint": f"{latest} ({manifest['digest']})"})
+        require_whole_files(latest, manifest, self._ranks)
+        with self._ranks.together():
+            self._require_same_run(latest, record)
+            restore_snapshot(latest, self.program, self._stepper.optimizer, self._stepper.holding)
+            if record.get("mesh") == self._mesh():
+                restore_random(latest, self._stepper.holding)
+            else:
+                self._seed_draws(step)
+        self._position, self._saved_step = record["position"], step
+        return TrainResult(step=step, checkpoint=latest)
+
+    def _seed_draws(self, step: int = 0) -> None:
+        """Ranks that see the same tokens draw the same; a mesh that was never at `step` starts afresh."""
+        torch.manual_seed(seed_of(seed_of(self.settings.seed, self._ranks.place_in_data), step << 32))
 
     def _save(self, book: RecordBook) -> None:
         result, stepper = self._result, self._stepper
@@ -190,20 +215,29 @@ class Trainer:
             return
         book.flush()
         try:
-            tensors = take_snapshot(self.program, stepper.optimizer, stepper.device)
+            tensors = take_snapshot(self.program, stepper.optimizer, stepper.holding)
         except TrainError as error:
             raise self._with_last_good(error) from error
         record = {"position": self._position, **self._identity(), **self._remarks()}
-        result.checkpoint = save_checkpoint(self.out_dir, result.step, tensors, record, self.settings.keep)
+        keep = self.settings.keep
+        result.checkpoint = save_checkpoint(self.out_dir, result.step, tensors, record, keep, self._ranks)
         self._saved_step = result.step
 
     def _identity(self) -> dict[str, Any]:
-        """What has to be the same for a resumed run to be the same run."""
+        """What has to be the same for a resumed run to be the same run; see `_require_same_run`."""
+        settings = self.program.moe_settings()
         return {
             "program": self.program.fingerprint(),
+            "mesh": self._mesh(),
+            "layers": {name: layer.model_dump(mode="json") for name, layer in settings.items()},
             "data": self.data.fingerprint,
             "seed": self.settings.seed,
         }
+
+    def _mesh(self) -> dict[str, object] | None:
+        """The mesh as a checkpoint records it; None for one process."""
+        mesh = self._ranks.mesh
+        return mesh.to_json() if mesh.world > 1 else None
 
     def _remarks(self) -> dict[str, Any]:
         """What is good to know about a checkpoint, and not needed to resume."""
@@ -214,12 +248,15 @@ class Trainer:
             "torch": torch.__version__,
         }
 
-    def _require_same_run(self, checkpoint: Checkpoint) -> None:
+    def _require_same_run(self, path: Path, record: Mapping[str, Any]) -> None:
+        """A run may move to another mesh, where the fingerprint of the program is another too."""
+        moved = record.get("mesh") != self._mesh()
         for name, value in self._identity().items():
-            saved = checkpoint.record[name]
-            if saved != value:
-                where = f"{checkpoint.path} ({name})"
-                raise ArtifactError(where, f"{name} {saved}", f"{name} {value}, that of this run")
+            saved = record.get(name, value)
+            if saved != value and not (moved and name in ("program", "mesh")):
+                raise ArtifactError(
+                    f"{path} ({name})", f"{name} {saved}", f"{name} {value}, that of this run"
+                )
 
     def _with_last_good(self, error: TrainError) -> TrainError:
         saved = self._result.checkpoint
@@ -229,6 +266,6 @@ class Trainer:
         return TrainError(where, error.found, error.needed, nearest)
 
     def _require_fitting_data(self) -> None:
-        tokens = torch.zeros(1, self.settings.sequence, dtype=torch.long, device=self._stepper.device)
-        with torch.no_grad(), in_mode(self.program, training=False), borrowed_rng(self._stepper.device):
+        tokens = torch.zeros(1, self.settings.sequence, dtype=torch.long, device=self._ranks.device)
+        with torch.no_grad(), in_mode(self.program, training=False), borrowed_rng(self._ranks.device):
             self.data.require_vocabulary(self.program(tokens).shape[-1])

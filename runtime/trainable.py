@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from moec.ir.placement import Layout, Placement
 from moec.plan import LayerSettings
 
 
@@ -74,6 +75,26 @@ class Trainable(Protocol):
 
     def train(self, mode: bool = True) -> Any:
         """Switch dropout and routing noise on or off."""
+        ...
+
+
+@runtime_checkable
+class LocalTrainable(Protocol):
+    """What a `Trainable` has besides when it is the part of a program that one rank of a job holds.
+
+    Its `loss_terms` are the rank's share: summed over all ranks, a scalar is that of the whole program on the
+    whole batch. Its `counts` are totals, equal on every rank. Its fingerprint is the same on every rank.
+    """
+
+    rank: int
+    layout: Layout
+
+    def placements(self) -> Mapping[str, Placement]:
+        """Where each parameter lies, by the names of `named_parameters`; one that is missing is whole."""
+        ...
+
+    def whole_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The whole shape of each parameter, by the same names."""
         ...
 
 

@@ -88,6 +88,11 @@ class Train(Section):
     dtype: TrainDtype = Field(
         default="fp32", description="Arithmetic: fp32, or bf16 with fp32 master weights."
     )
+    recompute: bool = Field(
+        default=False,
+        description="Compute the insides of attention, feed-forward and expert regions again in the backward "
+        "pass instead of keeping them: less memory, about a third more work.",
+    )
     seed: Whole = Field(default=0, description="Seed of the batches, of dropout and of routing noise.")
     log_every: Count = Field(default=10, description="Steps between lines of the log.")
     eval_every: Whole = Field(

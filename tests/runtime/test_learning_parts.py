@@ -17,7 +17,7 @@ from moec.errors import DataError, TrainError
 from moec.plan import LayerSettings, Train
 from moec.runtime.balance import load_of, nudge_biases
 from moec.runtime.evaluate import evaluate
-from moec.runtime.groups import make_optimizer, parameter_groups
+from moec.runtime.groups import parameter_groups
 from moec.runtime.sample import sample, sample_tokens
 from moec.runtime.schedule import learning_rate
 from moec.runtime.step import OptimizerStep
@@ -78,12 +78,12 @@ def test_frozen_parameters_are_left_out() -> None:
     for parameter in program.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(TrainError, match="at least one"):
-        make_optimizer(program, Train())
+        OptimizerStep(program, Train())
 
 
 def test_weights_in_bf16_are_refused() -> None:
     with pytest.raises(TrainError, match="parameters in bfloat16"):
-        make_optimizer(TinyProgram().bfloat16(), Train())
+        OptimizerStep(TinyProgram().bfloat16(), Train())
 
 
 # load

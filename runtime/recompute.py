@@ -1,0 +1,48 @@
+"""Activation recomputation: the backward pass computes the insides of regions again instead of keeping them.
+
+Between forward and backward a region (`attention_3`, `ffn_3`, `moe_3`) keeps its inputs alone. Random states
+are put back for the second computation, so dropout and routing noise are those of the first. Collectives
+inside a region are sent again too, on every rank at the same place of its backward.
+
+Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from moec.errors import TrainError
+from moec.ir import regions
+from moec.runtime.trainable import Trainable
+
+
+@contextmanager
+def recomputing(program: Trainable, wanted: bool) -> Iterator[None]:
+    """Inside, where `wanted`, what `program` computes keeps the inputs of its regions alone.
+
+    Raises `TrainError` for a program without regions, and for one compiled as a whole.
+    """
+    changed = _regions(program) if wanted else []
+    for region in changed:
+        region.__dict__["forward"] = functools.partial(checkpoint, region.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for region in changed:
+            del region.__dict__["forward"]
+
+
+def _regions(program: Trainable) -> list[fx.GraphModule]:
+    backend = getattr(program, "backend", "eager")
+    if backend != "eager":
+        raise TrainError("train.recompute", f"backend = '{backend}'", "backend = 'eager'")
+    graph = getattr(program, "graph", None)
+    found = list(regions(graph).values()) if isinstance(graph, fx.GraphModule) else []
+    if not found:
+        raise TrainError("train.recompute", "a program without regions", "one that moec.compile made")
+    return found
