@@ -17,9 +17,11 @@ from moec.runtime.ops import (
     grouped_linear,
     jitter,
     losses,
+    part,
     route,
     router,
     share,
+    vocabulary,
 )
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
     "grouped_linear",
     "jitter",
     "losses",
+    "part",
     "route",
     "router",
     "share",
+    "vocabulary",
 ]
