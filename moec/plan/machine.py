@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moec.plan.fields import AllToAll, AutoCount, CaptureDtype, Count
+from moec.plan.fields import AllToAll, AutoCount, CaptureDtype, Count, Positive
 from moec.plan.section import Section
 
 
@@ -32,6 +32,11 @@ class Parallel(Section):
     )
     node: Count = Field(
         default=8, description="Ranks on one machine: neighbours, between which rows travel fast."
+    )
+    timeout: Positive = Field(
+        default=600.0,
+        description="Seconds without progress after which a job ends, naming the rank that the others wait "
+        "for; longer than the longest pause between two exchanges, such as the writing of a checkpoint.",
     )
 
 
