@@ -98,6 +98,11 @@ class Trainer:
         self._ranks.require_alike({name: str(value) for name, value in self._identity().items()})
         self._require_fitting_data()
 
+    @property
+    def step(self) -> int:
+        """How many steps were taken, those before a resumption included."""
+        return self._result.step
+
     def run(self, *, resume: bool = False, stop_at: int | None = None) -> TrainResult:
         """Train to the end of `settings.steps`, or to `stop_at` steps; gives what this call did.
 
