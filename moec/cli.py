@@ -261,23 +261,30 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in RUN.")
     ] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", metavar="N", min=1, help="Train on N ranks, started here."),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="With --nproc: how often to start again when a rank is lost.")
+    ] = 0,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Train a program on text; Ctrl-C saves, --resume goes on bit for bit.
 
     The plan's train table says how; options given here come before it. RUN/program is the trained
-    program.
+    program. On several ranks: --nproc N, or torchrun -m moec train.
 
     moec train examples/gpt.py:small --plan pr_moe --data corpus/ --steps 500 --out run
     """
     from moec.commands.learn import Run
-    from moec.commands.learn import train as train_
+    from moec.commands.ranks import train_anywhere
 
     given = {"steps": steps, "batch": batch, "sequence": sequence, "lr": lr, "seed": seed}
     changed = {key: value for key, value in given.items() if value is not None}
-    run = Run(model, plan, data or (), tokenizer, out, resume, changed, trust, as_json)
-    raise typer.Exit(train_(run))
+    run = Run(model, plan, data or (), tokenizer, out, resume, changed, trust, as_json, nproc, max_restarts)
+    raise typer.Exit(train_anywhere(run))
 
 
 @app.command()

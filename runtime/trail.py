@@ -71,13 +71,13 @@ class Entry:
 
 
 class Trail:
-    """The notes of one rank; `step` tells the step that is being taken.
+    """The notes of one rank; `step`, which may be set anew, tells the step that is being taken.
 
     Written by the thread that trains, read by the one that watches.
     """
 
     def __init__(self, step: Callable[[], int] = lambda: 0) -> None:
-        self._step = step
+        self.step = step
         self._entries: dict[str, deque[Entry]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._counts: dict[str, int] = defaultdict(int)
         self._region, self._inside = "", False
@@ -102,7 +102,7 @@ class Trail:
         """Note that this rank enters `op` along `axis` now."""
         self._counts[axis] = number = self._counts[axis] + 1
         layer, direction = self._place()
-        self.last = Entry(axis, op, number, self._step(), layer, direction)
+        self.last = Entry(axis, op, number, self.step(), layer, direction)
         self._entries[axis].append(self.last)
 
     def _place(self) -> tuple[str, str]:
@@ -162,6 +162,10 @@ class WatchedGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         """The backend of the group inside."""
         return str(self.inner.name())
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return list(self.inner._device_types)
 
     @property
     def group_name(self) -> str:

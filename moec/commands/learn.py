@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +40,33 @@ class Run:
     changed: Mapping[str, Any]
     trust: bool
     as_json: bool
+    nproc: int | None = None
+    max_restarts: int = 0
 
 
 def train(run: Run) -> int:
-    """Train, save the trained program in `out/program`, name the next commands; gives the exit status."""
-    _require_right_folder(run)
+    """Train in this process, save the trained program in `out/program`; gives the exit status."""
+    require_right_folder(run)
     settings = training_settings(Plan.resolve(run.plan).train, run.changed)  # mistakes here need no capture
     program = program_of(run.model, run.plan, trust=run.trust)
     if is_saved_program(run.model) and program.plan is not None:
         settings = training_settings(program.plan.train, run.changed)
-    _require_room(program, settings)
+    require_room(program, settings)
     data = load_text(*run.data, sequence=settings.sequence, vocabulary=run.tokenizer or "bytes")
     console = Console(stderr=run.as_json)
     trainer = Trainer(program, settings, data, run.out, plan=program.plan, console=console)
     result = trainer.run(resume=run.resume)
+    if not result.interrupted:
+        program.eval().save(Path(run.out) / "program")
+    return finish(run, result)
+
+
+def finish(run: Run, result: TrainResult) -> int:
+    """Say what came of it and name the next commands; gives the exit status."""
     if result.interrupted:
-        show_next({"go on where it stopped": _again(run)})
+        show_next({"go on where it stopped": ["moec", *words(replace(run, resume=True))]})
         return 130
-    saved = shown_path(program.eval().save(Path(run.out) / "program"))
-    _report(run, result, saved)
+    _report(run, result, shown_path(Path(run.out) / "program"))
     return 0
 
 
@@ -71,7 +79,8 @@ def training_settings(given: Train, changed: Mapping[str, Any]) -> Train:
     return Train(**{**values, **changed})
 
 
-def _require_right_folder(run: Run) -> None:
+def require_right_folder(run: Run) -> None:
+    """Refuse to begin where another run is, and to go on where none is."""
     latest = latest_checkpoint(Path(run.out))
     if latest is not None and not run.resume:
         raise TrainError(
@@ -81,7 +90,8 @@ def _require_right_folder(run: Run) -> None:
         raise TrainError(run.out, "no checkpoint", "the --out of an earlier run, or no --resume")
 
 
-def _require_room(program: Program, settings: Train) -> None:
+def require_room(program: Program, settings: Train) -> None:
+    """Refuse sequences longer than the model has positions for."""
     limit = program.source.max_positions
     if limit is not None and settings.sequence > limit:
         found = f"sequences of {settings.sequence} tokens"
@@ -90,12 +100,17 @@ def _require_room(program: Program, settings: Train) -> None:
         )
 
 
-def _again(run: Run) -> list[str]:
+def words(run: Run) -> list[str]:
+    """The words of the command line that ask for `run`, after `moec`."""
     plan = ["--plan", run.plan] if run.plan else []
     data = [word for path in run.data for word in ("--data", path)]
     tokenizer = ["--tokenizer", run.tokenizer] if run.tokenizer else []
     changed = [word for key, value in run.changed.items() for word in (f"--{key}", str(value))]
-    return ["moec", "train", run.model, *plan, *data, *tokenizer, *changed, "--out", run.out, "--resume"]
+    flags = {"--nproc": run.nproc, "--max-restarts": run.max_restarts or None}
+    counts = [word for key, value in flags.items() if value is not None for word in (key, str(value))]
+    switches = {"--resume": run.resume, "--trust": run.trust, "--json": run.as_json}
+    given = [word for word, on in switches.items() if on]
+    return ["train", run.model, *plan, *data, *tokenizer, *changed, "--out", run.out, *counts, *given]
 
 
 def _report(run: Run, result: TrainResult, saved: str) -> None:

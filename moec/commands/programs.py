@@ -19,10 +19,11 @@ def compiled(
     verify: str | None = None,
     disable: Collection[str] = (),
     meta: bool = False,
+    world: int | None = None,
 ) -> Program:
     """Compile the model called `model` by `plan`, which is read first: its typos cost no capture."""
     chosen = Plan.resolve(plan)
-    return moec.compile(open_model(model, meta=meta), chosen, verify=verify, disable=disable)
+    return moec.compile(open_model(model, meta=meta), chosen, verify=verify, disable=disable, world=world)
 
 
 def program_of(
@@ -32,10 +33,11 @@ def program_of(
     verify: str | None = None,
     meta: bool = False,
     trust: bool = False,
+    world: int | None = None,
 ) -> Program:
-    """The saved program in the folder `name`, or the model `name` compiled by `plan`."""
+    """The saved program in the folder `name`, or the model `name` compiled by `plan` (for `world` ranks)."""
     if not is_saved_program(name):
-        return compiled(name, plan, verify=verify, meta=meta)
+        return compiled(name, plan, verify=verify, meta=meta, world=world)
     if plan is not None:
         raise PlanError(
             "--plan", f"a plan for {name}, which is a saved program", "a model, or no plan: it has one"
