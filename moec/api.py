@@ -55,9 +55,9 @@ def compile(
 def world_of(plan: Plan, asked: int | None = None) -> int:
     """The number of ranks a program is placed on.
 
-    What is asked for; else data × tensor, where the plan gives both; else the launcher's WORLD_SIZE; else the
-    fewest ranks on which the plan's `tensor`, `expert` and `slice` all have their way. Raises `PlanError` when
-    a number of ranks is asked for that the axes do not divide.
+    What is asked for; else data × tensor, where the plan gives both; else the launcher's WORLD_SIZE; else
+    the fewest ranks on which the plan's `tensor`, `expert` and `slice` all have their way. Raises `PlanError`
+    when less than one rank is asked for.
     """
     parallel = plan.parallel
     if asked is not None:
@@ -79,11 +79,16 @@ def _verify(asked: str | bool | None, plan: Plan) -> str:
     return asked or plan.compile.verify
 
 
-def load(directory: str | Path, *, trust: bool = False) -> Program:
+def load(directory: str | Path, *, rank: int | None = None, trust: bool = False) -> Program:
     """Read a saved program back; nothing in it is executed. `trust=True` accepts one edited by hand.
 
-    Raises `ArtifactError` for a missing, truncated, edited or foreign artifact.
+    `rank`: of a placed program, only the part of this rank, a `LocalProgram`; no other rank's weights are
+    read. Raises `ArtifactError` for a missing, truncated, edited or foreign artifact.
     """
+    if rank is not None:
+        from moec.local_program import load_local
+
+        return load_local(directory, rank, trust=trust)
     from moec.runtime.artifact import load_program
 
     return load_program(directory, trust=trust, kind=Program)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moec.errors import PassError
 from moec.ir import regions
+from moec.ir.hollow import hollow
+from moec.ir.local import own_weights
 from moec.ir.mesh import DATA, Mesh
 from moec.ir.placement import Layout, Placement
 from moec.passes.pipeline import partitioned
 from moec.passes.runner import Runner
-from moec.program import IGNORED, Program
+from moec.program import IGNORED, Program, at_least_float
 from moec.runtime.trainable import LossTerms
 
 c10d = torch.ops._c10d_functional
@@ -30,10 +34,37 @@ class LocalProgram(Program):
 
     layout: Layout
     rank: int
+    _whole: tuple[Program, ...] = ()  # in a tuple: no child of this module
+
+    @property
+    def whole(self) -> Program:
+        """The program that this is a part of, its weights on `meta`: text, stages and records."""
+        if not self._whole:
+            raise PassError(
+                "local.whole", "a copy of a part", "program.partition(rank) or moec.load(dir, rank=r)"
+            )
+        return self._whole[0]
+
+    def fingerprint(self) -> str:
+        """That of the whole program: the same on every rank, on any mesh."""
+        return self.whole.fingerprint()
+
+    def save(self, directory: str | Path) -> Path:
+        """Write this rank's weights into one folder with those of the others; every rank calls it.
+
+        What is there afterwards is what `save` of the whole program writes. Whole or not there.
+        """
+        from moec.runtime.partitioned import save_part
+
+        return save_part(self, self.whole, directory)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] for this rank's tokens [B, S] (i64); gathered where the vocabulary is split."""
         return self.run(tokens)[0]
+
+    def _check(self, tokens: Tensor) -> None:
+        if tokens.dim() != 2 or tokens.shape[0] or tokens.is_floating_point():
+            super()._check(tokens)  # a rank may have no tokens: the others need it all the same
 
     def loss_terms(
         self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
@@ -46,18 +77,16 @@ class LocalProgram(Program):
         task = self._task_share(logits, targets)
         if not terms:
             return {"loss": task, "task": task}
-        balance, z = terms["balance"].float(), terms["z"].float()
+        balance, z = at_least_float(terms["balance"]), at_least_float(terms["z"])
         total = task + balance + z
         return {"loss": total, "task": task, "balance": balance, "z": z, "counts": terms["counts"]}
 
     def _task_share(self, logits: Tensor, targets: Tensor) -> Tensor:
-        wide = logits.float() if logits.dtype != torch.float64 else logits
+        wide = at_least_float(logits)
         count = (targets != IGNORED).sum()
         if self.layout.mesh.data > 1:
             count = c10d.wait_tensor(c10d.all_reduce(count, "sum", DATA))
-        losses = F.cross_entropy(
-            wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return losses / (count * self.layout.mesh.tensor)
 
     def placements(self) -> dict[str, Placement]:
@@ -91,6 +120,26 @@ def partition(program: Program, rank: int) -> LocalProgram:
     if not 0 <= rank < layout.mesh.world:
         found = f"rank {rank} of a program on {layout.mesh.world}"
         raise PassError("partition", found, f"a rank from 0 to {layout.mesh.world - 1}")
+    whole = hollow(program)
     local = program.fork()
-    local.layout, local.rank = layout, rank
-    return LocalProgram.of(Runner(verify="off").run(local, partitioned(rank)), program.backend)  # type: ignore[return-value]
+    local.layout, local.rank, local._snapshots = layout, rank, whole.stages
+    done = Runner(verify="off").run(local, partitioned(rank))
+    own_weights(done.graph, program.graph)
+    made = LocalProgram.of(done, program.backend)
+    assert isinstance(made, LocalProgram)
+    made._whole = (whole,)
+    return made.train(program.training)
+
+
+def load_local(
+    directory: str | Path, rank: int, *, trust: bool = False, device: torch.device | str = "cpu"
+) -> LocalProgram:
+    """The program of `rank` as saved in `directory` (see `moec.load`)."""
+    from moec.runtime.artifact import load_program
+    from moec.runtime.partitioned import load_part
+
+    local = load_part(directory, rank, LocalProgram, trust=trust, device=device)
+    whole = load_program(directory, trust=trust, device="meta", kind=Program)
+    whole.source = local.source
+    local._whole = (whole,)
+    return local

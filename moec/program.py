@@ -66,7 +66,7 @@ class Program(ir.Program):
         task = task_loss(logits, *self._targets(tokens, targets, mask))
         if not terms:
             return {"loss": task, "task": task}
-        balance, z = terms["balance"].float(), terms["z"].float()
+        balance, z = at_least_float(terms["balance"]), at_least_float(terms["z"])
         return {
             "loss": task + balance + z,
             "task": task,
@@ -132,10 +132,14 @@ class Program(ir.Program):
         return str(explain(self, about))
 
     def save(self, directory: str | Path) -> Path:
-        """Write text, manifest and weights; `moec.load` reads them. Atomic; nothing executable is pickled."""
+        """Write text, manifest and weights; `moec.load` reads them. Atomic; nothing executable is pickled.
+
+        A placed program is written with the program of its ranks, and its weights in the parts they hold.
+        """
         from moec.runtime.artifact import save_program
 
-        return save_program(self, directory)
+        local = None if self.layout is None else self.partition(0)
+        return save_program(self, directory, local=local)
 
     def partition(self, rank: int) -> LocalProgram:
         """The program of one rank: its parts of the weights (copies), its communication in the graph.
@@ -160,5 +164,9 @@ def task_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Te
     """Mean cross-entropy in fp32 over the positions that count. logits [B, S, V], targets i64 [B, S]."""
     if mask is not None:
         targets = targets.masked_fill(~mask.bool(), IGNORED)
-    wide = logits.float() if logits.dtype != torch.float64 else logits
-    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(at_least_float(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def at_least_float(value: Tensor) -> Tensor:
+    """`value` in fp32, or in fp64 where it is: what losses are computed in."""
+    return value.float() if value.dtype != torch.float64 else value

@@ -75,9 +75,7 @@ def _divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
-def _axes(
-    name: str, module: fx.GraphModule, parallel: Parallel, world: int
-) -> tuple[ExpertAxes, list[str]]:
+def _axes(name: str, module: fx.GraphModule, parallel: Parallel, world: int) -> tuple[ExpertAxes, list[str]]:
     region, remarks = region_of(module), []
     assert region is not None
     experts, ways = region.settings["experts"], parallel.slice

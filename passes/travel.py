@@ -280,9 +280,7 @@ class _Hierarchical:
         call, size = self.way.call, others * self.way.each
         flat = call(f"{name}_leaving", aten.flatten.using_ints, leaving)
         splits = [size] * ranks
-        counts = self.way.wait(
-            f"{name}_counts", c10d.all_to_all_single.default, flat, splits, splits, axis
-        )
+        counts = self.way.wait(f"{name}_counts", c10d.all_to_all_single.default, flat, splits, splits, axis)
         arriving = call(f"{name}_arriving", aten.unflatten.int, counts, 0, [ranks, others, self.way.each])
         sent = call(f"{name}_sent_rows", aten.sum.dim_IntList, leaving, [1, 2])
         got = call(f"{name}_got", aten.sum.dim_IntList, arriving, [1, 2])

@@ -11,7 +11,8 @@ from .placement import Layout, Placement
 
 
 def hold_parts(root: fx.GraphModule, layout: Layout, rank: int, names: set[str]) -> None:
-    """Replace the weights `names` (structural, as in `named_weights`) of `root` by what `rank` holds, in place.
+    """Replace the weights `names` (structural, as in `named_weights`) of `root` by what `rank` holds, in
+    place.
 
     Parts are copies, so the whole can be freed; a weight under several names stays one weight. Names whose
     placement has no split are left alone.
@@ -35,6 +36,18 @@ def _part(value: Tensor, placement: Placement, coordinates: Mapping[str, int]) -
 def _swap(owner: nn.Module, leaf: str, part: Tensor) -> None:
     table = owner._parameters if leaf in owner._parameters else owner._buffers
     table[leaf] = part  # type: ignore[assignment]
+
+
+def own_weights(root: fx.GraphModule, shared_with: fx.GraphModule) -> None:
+    """Copy every weight that `root` still shares with another graph, in place; tied ones stay tied."""
+    foreign = {id(value) for _, value in named_weights(shared_with)}
+    made: dict[int, Tensor] = {}
+    for name, value in list(named_weights(root)):
+        if id(value) in foreign:
+            if id(value) not in made:
+                made[id(value)] = _part(value, Placement(), {})
+            owner, _, leaf = name.rpartition(".")
+            _swap(root.get_submodule(owner), leaf, made[id(value)])
 
 
 def is_held(root: fx.GraphModule, layout: Layout, name: str) -> bool:

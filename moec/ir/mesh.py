@@ -96,9 +96,7 @@ class Mesh:
 
     def axes(self) -> dict[str, int]:
         """Every axis by name, with its number of ranks; those of one rank included."""
-        return {
-            axis: math.prod(count for _, count in loops) for axis, loops in self._all_loops.items()
-        }
+        return {axis: math.prod(count for _, count in loops) for axis, loops in self._all_loops.items()}
 
     def inside(self, axes: ExpertAxes) -> int:
         """How many consecutive ranks of an expert axis share a node: a divisor of the axis, 1 when none do.

@@ -34,7 +34,7 @@ _SCALARS = {
     "Tensor": ("tensor",), "number": ("int", "float", "complex", "bool"), "int": ("int",),
     "float": ("float", "int"), "complex": ("complex", "float", "int"), "bool": ("bool",),
     "str": ("str",), "ScalarType": ("dtype",),
-    "Layout": ("layout",), "MemoryFormat": ("memory_format",), "Device": ("device", "str"),
+    "Any": ("str",), "Layout": ("layout",), "MemoryFormat": ("memory_format",), "Device": ("device", "str"),
 }  # fmt: skip
 _LAST = 2**63 - 1  # torch's spelling of "to the end" in a slice
 

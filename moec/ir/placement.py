@@ -120,7 +120,9 @@ class Placement:
     @classmethod
     def of_json(cls, record: Mapping[str, Any]) -> Placement:
         """The placement that `to_json` wrote."""
-        splits = tuple(Split(dim, axis, ranks, tuple(blocks)) for dim, axis, ranks, blocks in record["splits"])
+        splits = tuple(
+            Split(dim, axis, ranks, tuple(blocks)) for dim, axis, ranks, blocks in record["splits"]
+        )
         return cls(splits, record["holders"])
 
     def __str__(self) -> str:

@@ -128,7 +128,10 @@ def _balance_share(scores: Tensor, chosen: Tensor, top_k: int) -> Tensor:
 
 
 def _z_share(scores: Tensor, chosen: Tensor, top_k: int) -> Tensor:
-    squares = scores.to(wide(scores.dtype)).logsumexp(-1).square()
+    wide_TE = scores.to(wide(scores.dtype))
+    largest_T1 = wide_TE.detach().amax(-1, keepdim=True)
+    # Spelled out: torch's logsumexp asks whether there are tokens at all, which a graph cannot know here.
+    squares = ((wide_TE - largest_T1).exp().sum(-1, keepdim=True).log() + largest_T1).square()
     return squares.sum() / (chosen.sum().to(squares.dtype) / top_k)
 
 
