@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -80,8 +80,8 @@ def _split(program: Program, call: fx.Node, beside: fx.Node, awaited: fx.Node) -
     assert isinstance(module, fx.GraphModule)
     region = region_of(module)
     assert region is not None
-    _, *terms = output(module.graph).args[0]  # type: ignore[misc]
-    started = awaited.args[0]
+    terms = list(cast(tuple[fx.Node, ...], output(module.graph).args[0])[1:])
+    started = cast(fx.Node, awaited.args[0])
     first = _ancestors([started, *terms])
     crossing = _crossing(module, first)
     crossing = [started, *(n for n in crossing if n is not started)]

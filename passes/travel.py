@@ -7,7 +7,7 @@ R ranks of the expert axis.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -114,8 +114,7 @@ class _Lowering:
 
     def _give_back(self, counts: fx.Node) -> None:
         end = output(self.graph)
-        y, balance, z, _ = end.args[0]  # type: ignore[misc]
-        end.args = ((y, balance, z, counts),)
+        end.args = ((*end.args[0][:3], counts),)  # type: ignore[index]
 
     def _losses(self, chosen: fx.Node) -> None:
         """Terms of which the sum over all ranks is the program's."""
@@ -138,7 +137,7 @@ class _Lowering:
 
     def _travel(self) -> None:
         rows, sums = self._find(ops.dispatch.default), self._find(ops.combine.default)
-        out, _, order, counts = sums.args
+        out, _, order, counts = cast(tuple[fx.Node, ...], sums.args)
         products = [node for node in self.graph.nodes if is_call(node, GROUPED)]
         readers = list(rows.users)
         with self.graph.inserting_before(rows.next):
@@ -267,7 +266,7 @@ class _Hierarchical:
         return rows, call("arriving", aten.flatten.using_ints, self.second[1], 0, 1)
 
     def back(self, out: fx.Node) -> fx.Node:
-        (leaving, arriving, *_), (between, _, *_) = self.first, self.second
+        leaving, between = self.first[0], self.second[0]
         out = self._return("home_node", out, self.second, self.axes.between_axis)
         out = self._turn("back_in_order", out, between)
         out = self._return("home", out, self.first, self.axes.inside_axis, self.way.num_rows())

@@ -4,7 +4,7 @@
         how often each expert is the k-th choice of a token here
     admit(experts [T,K], choices [R*K,E], axis, capacity_factor, eval_capacity_factor, min_capacity, random,
           training) -> order [N] i64, counts [E] i64, kept [E] i64
-        `order` and `counts` as of `assign`, for the tokens here; `kept`: the rows each expert computes in all.
+        `order` and `counts` as of `assign`, for the tokens here; `kept`: the rows an expert computes in all.
         `choices` are those of every rank of `axis`, gathered. Capacity counts the tokens of all ranks; the
         first by (choice, rank, token) are kept, so the ranks' tokens, joined in the order of the axis, are
         treated as one process would treat them.
@@ -12,7 +12,8 @@
 With `random` and `training`, each rank keeps a random selection of its own, of the size of its share of the
 places: the same distribution over experts as in one process, not the same draws.
 
-    balance_share(scores [T,E], chosen [E], top_k) -> f32[]     z_share(scores [T,E], chosen [E], top_k) -> f32[]
+    balance_share(scores [T,E], chosen [E], top_k) -> f32[]
+    z_share(scores [T,E], chosen [E], top_k) -> f32[]
         this rank's share of the balance and z losses: the shares add up to the loss over all tokens. `chosen`
         are the choices of all ranks, i64, dropped ones included. The balance loss is linear in the
         probabilities once those are known, so no gradient has to travel.
@@ -67,7 +68,7 @@ def _admit(
 
 
 def _places(choices_RKE: Tensor, place: int, capacity: int) -> Tensor:
-    """How many of this rank's k-th choices of an expert are kept [K,E]: those that arrive before it is full."""
+    """How many of this rank's k-th choices of an expert are kept [K,E]: those that come before it is full."""
     of_choice_KE = choices_RKE.sum(0)
     ahead_KE = of_choice_KE.cumsum(0) - of_choice_KE + choices_RKE[:place].sum(0)
     return (capacity - ahead_KE).clamp(min=0).minimum(choices_RKE[place])
