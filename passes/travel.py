@@ -114,7 +114,8 @@ class _Lowering:
 
     def _give_back(self, counts: fx.Node) -> None:
         end = output(self.graph)
-        end.args = ((*end.args[0][:3], counts),)  # type: ignore[index]
+        y, balance, z = cast(tuple[fx.Node, ...], end.args[0])[:3]
+        end.args = ((y, balance, z, counts),)
 
     def _losses(self, chosen: fx.Node) -> None:
         """Terms of which the sum over all ranks is the program's."""

@@ -27,8 +27,8 @@ class Parallel(Section):
     all_to_all: AllToAll = Field(
         default="auto",
         description="How tokens travel to their experts: in one exchange (flat), first inside the node and "
-        "then between nodes (hierarchical), each tensor rank its share of the tokens (coordinated), or as the "
-        "mesh suggests (auto): shares when tensor is above 1, two steps when experts spread over several nodes.",
+        "then between nodes (hierarchical), each tensor rank its share of the tokens (coordinated), or as "
+        "the mesh suggests (auto): shares when tensor is above 1, two steps when experts span nodes.",
     )
     node: Count = Field(
         default=8, description="Ranks on one machine: neighbours, between which rows travel fast."
