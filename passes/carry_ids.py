@@ -18,8 +18,8 @@ aten = torch.ops.aten
 NONE = -1
 
 VIEWS = {
-    aten.unflatten.int, aten.flatten.using_ints, aten.reshape.default, aten.transpose.int, aten.permute.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.broadcast_to.default,
+    aten.unflatten.int, aten.flatten.using_ints, aten.reshape.default, aten.transpose.int,
+    aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.broadcast_to.default,
     aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
     aten.unbind.int, aten.cat.default, aten.stack.default, aten.repeat_interleave.self_int,
     aten.repeat.default, aten.flip.default, aten.roll.default, aten.t.default, aten.movedim.int,
@@ -32,7 +32,7 @@ PRODUCTS = {aten.matmul.default, aten.bmm.default}
 POINTWISE = {aten.to.dtype, aten.dropout.default, aten.clone.default, aten.type_as.default}
 
 
-class Mixed(Exception):
+class MixedError(Exception):
     """Ids can no longer be told apart; the message is the reason, for the ledger."""
 
 
@@ -88,7 +88,7 @@ def is_pointwise(target: Any) -> bool:
 def carry(target: Any, arguments: dict[str, Any], shape: Sequence[int], meetings: Meetings) -> Any:
     """The ids of what `target` gives for `arguments` (by the schema's names; tensors are tensors of ids).
 
-    `shape`: that of the result. Raises `Mixed` for an operator that has no rule.
+    `shape`: that of the result. Raises `MixedError` for an operator that has no rule.
     """
     rule = _rule_of(target)
     if rule is not None:
@@ -98,7 +98,7 @@ def carry(target: Any, arguments: dict[str, Any], shape: Sequence[int], meetings
     if target in VIEWS:
         found = target(**arguments)
         return list(found) if isinstance(found, tuple | list) else found
-    raise Mixed(f"{target} may mix the channels in any way")
+    raise MixedError(f"{target} may mix the channels in any way")
 
 
 def _tensors(arguments: dict[str, Any]) -> list[Tensor]:
@@ -133,7 +133,7 @@ def _norm(arguments: dict[str, Any], meetings: Meetings) -> Tensor:
 def _product(arguments: dict[str, Any], meetings: Meetings) -> Tensor:
     one, other = arguments["self"], arguments.get("other", arguments.get("mat2"))
     if one.dim() < 2 or other.dim() < 2:
-        raise Mixed("a product with a vector")
+        raise MixedError("a product with a vector")
     return _merged([_gathered(one, [-1], meetings), _gathered(other, [-2], meetings)], meetings)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from moec.ir.graphs import output, placeholder, weight_of
 from moec.ir.patterns import is_call
 
-from .carry_ids import NONE, Meetings, Mixed, carry, has_ids
+from .carry_ids import NONE, Meetings, MixedError, carry, has_ids
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def find_channels(region: fx.GraphModule, sample: Sample) -> Channels | str:
     """The channels of an attention or a feed-forward; why there are none to speak of, otherwise."""
     try:
         return _Reading(region, sample).read()
-    except Mixed as mixed:
+    except MixedError as mixed:
         return str(mixed)
 
 
@@ -71,12 +71,13 @@ def concrete(value: Any, sample: Sample) -> Any:
 
 
 def matrix_of(region: fx.GraphModule, product: fx.Node) -> tuple[fx.Node, bool]:
-    """The weight that a `linear` reads, and whether it is stored as [in, out]; `Mixed` when it is computed."""
+    """The weight that a `linear` reads, and whether it is stored as [in, out]; `MixedError` for one that is
+    computed."""
     matrix, turned = product.args[1], False
     while is_call(matrix, aten.t.default):
         matrix, turned = matrix.args[0], not turned  # type: ignore[union-attr]
     if not isinstance(matrix, fx.Node) or weight_of(region, matrix) is None:
-        raise Mixed(f"the weight of `{product.name}` is computed")
+        raise MixedError(f"the weight of `{product.name}` is computed")
     return matrix, turned
 
 
@@ -91,7 +92,7 @@ class _Reading:
     def read(self) -> Channels:
         row = output(self.region.graph).args[0]
         if not is_call(row, aten.linear.default):
-            raise Mixed("it does not end in a product with a weight")
+            raise MixedError("it does not end in a product with a weight")
         assert isinstance(row, fx.Node)
         for node in self.region.graph.nodes:
             if node is row:
@@ -112,7 +113,7 @@ class _Reading:
 
     def _column(self, node: fx.Node, shape: tuple[int, ...]) -> None:
         if node.args[0] in self.ids:
-            raise Mixed(f"`{node.name}` mixes all channels before the last product")
+            raise MixedError(f"`{node.name}` mixes all channels before the last product")
         matrix_of(self.region, node)
         self.ids[node] = self.meetings.fresh(shape[-1]).expand(shape)
         self.columns.append(node)
@@ -122,7 +123,7 @@ class _Reading:
             container, index = node.args
             return self.ids[container][index]  # type: ignore[index]
         if not isinstance(shape, tuple | list):
-            raise Mixed(f"`{node.name}` reads a size that counts channels")
+            raise MixedError(f"`{node.name}` reads a size that counts channels")
         return carry(node.target, arguments_of(node, self.value), shape, self.meetings)
 
     def value(self, node: fx.Node) -> Any:
@@ -134,7 +135,7 @@ class _Reading:
 
     def _finish(self, row: fx.Node) -> Channels:
         if row.args[0] not in self.ids:
-            raise Mixed("its last product reads what no first product makes")
+            raise MixedError("its last product reads what no first product makes")
         matrix_of(self.region, row)
         read = self._units(self.ids[row.args[0]])  # type: ignore[index]
         smallest = self.meetings.channels()
@@ -144,13 +145,13 @@ class _Reading:
         channel = number[smallest]
         for node in self.columns:
             if bool((channel[self.ids[node]] == NONE).any()):
-                raise Mixed(f"some outputs of `{node.name}` do not reach the last product")
+                raise MixedError(f"some outputs of `{node.name}` do not reach the last product")
         return Channels(len(order), self.ids, channel, tuple(self.columns), row, self.inputs)
 
     def _units(self, read: Tensor) -> Tensor:
         """The id of each feature that the last product reads, i64 [F]."""
         if bool((read == NONE).any()):
-            raise Mixed("its last product also reads what no first product makes")
+            raise MixedError("its last product also reads what no first product makes")
         features = read.flatten(0, -2)
         self.meetings.meet(features, features[:1].expand_as(features))
         return features[0]

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moec.ir import region_of
 from moec.ir.graphs import weight_of
 from moec.ir.mesh import TENSOR
 from moec.ir.patterns import tensor
 from moec.ir.placement import Split
 
-from .carry_ids import NONE, PRODUCTS, Meetings, Mixed, carry, has_ids, is_pointwise
+from .carry_ids import NONE, PRODUCTS, Meetings, MixedError, carry, has_ids, is_pointwise
 from .channels import Channels, arguments_of, matrix_of
 from .local_sizes import Box, Fraction, local_arguments
 
@@ -56,29 +57,36 @@ class Deal:
 
 def deal(region: fx.GraphModule, channels: Channels, ranks: int) -> Deal | str:
     """Deal `channels` of `region` out to `ranks` ranks; the reason, where that cannot be."""
+    if channels.count == 1:
+        return "what its first products make is all mixed before the last one"
     if channels.count % ranks:
-        what = "channel, which all its values mix" if channels.count == 1 else "channels"
-        return f"{ranks} ranks do not divide its {channels.count} {what}"
+        return f"{ranks} ranks do not divide its {channels.count} {_word(region)}"
     try:
         return _Dealing(region, channels, ranks).deal()
-    except Mixed as mixed:
+    except MixedError as mixed:
         return str(mixed)
 
 
-def blocks_of(ranks_of: Tensor, ranks: int) -> tuple[int, ...]:
-    """The lengths of the blocks that are each cut into `ranks` stretches, from the rank of every index i64 [n].
+def _word(region: fx.GraphModule) -> str:
+    """What the channels of a region are, to a reader."""
+    known = region_of(region)
+    return "heads, grouped by keys" if known is not None and known.kind == "attention" else "hidden units"
 
-    Raises `Mixed` when the ranks do not run through the indices like that.
+
+def blocks_of(ranks_of: Tensor, ranks: int) -> tuple[int, ...]:
+    """The lengths of the blocks that are each cut into `ranks` stretches; `ranks_of`: index → rank, i64 [n].
+
+    Raises `MixedError` when the ranks do not run through the indices like that.
     """
     ends = (ranks_of[1:] != ranks_of[:-1]).nonzero().flatten() + 1
     starts = torch.cat([ends.new_zeros(1), ends])
     lengths = torch.diff(starts, append=ends.new_tensor([ranks_of.numel()]))
     if lengths.numel() % ranks:
-        raise Mixed("its channels do not lie in blocks")
+        raise MixedError("its channels do not lie in blocks")
     lengths, owners = lengths.view(-1, ranks), ranks_of[starts].view(-1, ranks)
     even = bool((lengths == lengths[:, :1]).all()) and bool((owners == torch.arange(ranks)).all())
     if not even:
-        raise Mixed("its channels do not lie in blocks")
+        raise MixedError("its channels do not lie in blocks")
     return tuple(lengths.sum(1).tolist())
 
 
@@ -113,11 +121,11 @@ class _Dealing:
         if not has_ids(ids):
             return [[torch.arange(size) for size in ids.shape]] * self.ranks
         if bool((ids == NONE).any()):
-            raise Mixed(f"`{node.name}` holds channels beside what belongs to none")
+            raise MixedError(f"`{node.name}` holds channels beside what belongs to none")
         owners = self.rank_of_id[ids]
         boxes = [_box(owners == rank, node) for rank in range(self.ranks)]
         if len({tuple(map(len, box)) for box in boxes}) > 1:
-            raise Mixed(f"the ranks' parts of `{node.name}` are not equally long")
+            raise MixedError(f"the ranks' parts of `{node.name}` are not equally long")
         return boxes
 
     def _blocks(self, node: fx.Node, boxes: list[Box], dim: int) -> tuple[int, ...]:
@@ -130,7 +138,7 @@ class _Dealing:
     def _cut(self, target: str, dim: int, blocks: tuple[int, ...]) -> None:
         split = Split(dim, TENSOR, self.ranks, blocks)
         if self.splits.setdefault(target, split) != split:
-            raise Mixed(f"its weight `{target}` is read in two ways")
+            raise MixedError(f"its weight `{target}` is read in two ways")
 
     def _cut_column(self, node: fx.Node) -> None:
         matrix, turned = matrix_of(self.region, node)
@@ -138,7 +146,7 @@ class _Dealing:
         self._cut(str(matrix.target), int(turned), blocks)
         bias = arguments_of(node, lambda n: n).get("bias")
         if bias is not None and weight_of(self.region, bias) is None:
-            raise Mixed(f"the bias of `{node.name}` is computed")
+            raise MixedError(f"the bias of `{node.name}` is computed")
         if bias is not None:
             self._cut(str(bias.target), 0, blocks)
 
@@ -182,7 +190,7 @@ class _Dealing:
     def _part(self, node: fx.Node, operand: fx.Node, dim: int, blocks: tuple[int, ...]) -> Part:
         value = tensor(operand)
         if value is None or not isinstance(value.shape[dim], int):
-            raise Mixed(
+            raise MixedError(
                 f"`{operand.name}`, which meets channels at `{node.name}`, counts them by a free size"
             )
         return Part(node, operand, dim, blocks)
@@ -205,7 +213,7 @@ class _Dealing:
         needed = _parts_of(self.channels.ids[node], self.boxes[node], rank)
         shape = () if isinstance(needed, list) else needed.shape
         if not _agree(_carried(node.target, arguments, shape), needed):
-            raise Mixed(f"`{node.name}` cannot be spelled for a part of the channels")
+            raise MixedError(f"`{node.name}` cannot be spelled for a part of the channels")
 
     def _size(self, value: Any) -> Any:
         if isinstance(value, Fraction):
@@ -233,7 +241,7 @@ class _Dealing:
                 for user in node.users:
                     users = user.users if user.target is aten.t.default else [user]
                     if not known.issuperset(users):
-                        raise Mixed(f"its weight `{target}` is also read whole, by `{user.name}`")
+                        raise MixedError(f"its weight `{target}` is also read whole, by `{user.name}`")
 
     def _placements(self) -> dict[fx.Node, str]:
         said = {node: self._said(node) for node in self.channels.ids}
@@ -247,14 +255,14 @@ class _Dealing:
 
 
 def _box(here: Tensor, node: fx.Node) -> Box:
-    """The indices along each dim where `here` holds; `Mixed` when that is no box."""
+    """The indices along each dim where `here` holds; `MixedError` when that is no box."""
     indices = here.nonzero()
     box = [indices[:, dim].unique() for dim in range(here.dim())]
     volume = 1
     for along in box:
         volume *= len(along)
     if volume != len(indices):
-        raise Mixed(f"the channels of one rank are no box of `{node.name}`")
+        raise MixedError(f"the channels of one rank are no box of `{node.name}`")
     return box
 
 

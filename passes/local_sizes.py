@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from moec.ir.patterns import tensor
 
-from .carry_ids import Mixed
+from .carry_ids import MixedError
 from .channels import Channels, arguments_of
 
 aten = torch.ops.aten
@@ -39,7 +39,8 @@ def local_arguments(
 ) -> dict[str, Any]:
     """The arguments of `node` (by the schema's names) that are other for a rank's part.
 
-    `sources`: the boxes, rank by rank, of the values it reads; `boxes`: those of its result. Raises `Mixed`.
+    `sources`: the boxes, rank by rank, of the values it reads; `boxes`: those of its result. Raises
+    `MixedError`.
     """
     target = node.target
     if target in SIZES:
@@ -91,11 +92,11 @@ def _bounds(node: fx.Node, box: Box, shape: Sequence[int]) -> dict[str, Any]:
     value = tensor(node.args[0])
     bounds = [given(node, name) for name in ("start", "end", "step")]
     if value is None or not isinstance(value.shape[dim], int) or any(isinstance(b, fx.Node) for b in bounds):
-        raise Mixed(f"`{node.name}` cuts its channels at a free size")
+        raise MixedError(f"`{node.name}` cuts its channels at a free size")
     chosen = set(range(whole)[slice(*bounds)])
     places = [place for place, index in enumerate(here) if index in chosen]
     if not places:
-        raise Mixed(f"`{node.name}` takes the channels of some ranks only")
+        raise MixedError(f"`{node.name}` takes the channels of some ranks only")
     step = places[1] - places[0] if len(places) > 1 else 1
     local = {"start": places[0], "end": places[-1] + 1, "step": step}
     if bounds[1] is None or bounds[1] >= whole:

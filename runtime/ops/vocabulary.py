@@ -62,7 +62,9 @@ def _require_inside(words: Tensor, num_words: int, name: str) -> None:
 # embedding
 
 
-def _embedding(tokens: Tensor, weight: Tensor, num_embeddings: int, axis: str, padding_idx: int) -> Tensor:
+def _embedding(
+    tokens: Tensor, weight: Tensor, num_embeddings: int, axis: str, padding_idx: int = -1
+) -> Tensor:
     first = _require_words(weight.shape[0], num_embeddings, axis, "embedding_part")
     _require_inside(tokens, num_embeddings, "embedding_part")
     if not weight.shape[0]:
@@ -72,7 +74,7 @@ def _embedding(tokens: Tensor, weight: Tensor, num_embeddings: int, axis: str, p
 
 
 def _fake_embedding(
-    tokens: Tensor, weight: Tensor, num_embeddings: int, axis: str, padding_idx: int
+    tokens: Tensor, weight: Tensor, num_embeddings: int, axis: str, padding_idx: int = -1
 ) -> Tensor:
     return weight.new_empty(*tokens.shape, weight.shape[1])
 
