@@ -10,6 +10,7 @@ collectives of a partitioned graph (`_c10d_functional.all_reduce(x, "sum", "tens
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ import torch.distributed._functional_collectives  # gives the collectives of a g
 from torch._C import _distributed_c10d as c10d
 from torch.distributed.distributed_c10d import GroupName
 
-from moec.errors import MeshError
+from moec.errors import MeshError, OperatorError
 from moec.ir.mesh import WORLD, Mesh
-
-_RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from moec.runtime.ops.groups import group_of
+from moec.runtime.rendezvous import meet
+from moec.runtime.turns import ranks_named
 
 
 @contextmanager
@@ -38,6 +40,8 @@ def connected(mesh: Mesh, *, timeout: timedelta | None = None, device: str = "cp
     Raises `MeshError` when there is no rendezvous, its port is taken, nobody answers, or the number of ranks
     is not the mesh's.
     """
+    if _is_registered(WORLD):
+        raise MeshError("mesh", "connected ranks already", "one mesh at a time", "the end of the other one")
     if mesh.world == 1 and not dist.is_initialized() and "RANK" not in os.environ:
         yield 0
         return
@@ -70,34 +74,6 @@ def registered(
         if current():
             for name in groups:
                 c10d._unregister_process_group(GroupName(name))
-
-
-def meet(timeout: timedelta | None = None, device: str = "cpu") -> None:
-    """Make the default process group from the environment; `MeshError` as for `connected`."""
-    missing = [name for name in _RENDEZVOUS if name not in os.environ]
-    if missing:
-        found = f"no process group, and no {', '.join(missing)} in the environment"
-        command = "torchrun --nproc-per-node N -m moec …"
-        raise MeshError("mesh", found, "processes that can find each other", command)
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
-    except (dist.DistError, ValueError) as error:
-        raise _no_meeting(error) from error
-
-
-def _no_meeting(error: Exception) -> MeshError:
-    """What went wrong when the ranks were to find each other, in a user's words."""
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    reason = str(error).strip().partition("\n")[0]
-    where = f"rank {os.environ['RANK']}, rendezvous at {address}:{port}"
-    if "EADDRINUSE" in str(error):
-        return MeshError(
-            where, "the port is in use", "a free port", "torchrun --master-port 0, or another one"
-        )
-    return MeshError(where, reason, "rank 0 listening there, and every other rank on its way to it")
 
 
 def _check_world(mesh: Mesh, world: int) -> None:
@@ -133,3 +109,43 @@ def _made_groups(mesh: Mesh, rank: int, timeout: timedelta | None) -> Iterator[d
         for group in made.values():
             if group is not whole:
                 dist.destroy_process_group(group)
+
+
+def agree(name: str, value: str) -> None:
+    """Raise `MeshError` on every rank, naming the ranks that differ, unless all have the same `value`.
+
+    Called by every rank, inside `connected` or `run_ranks`; a process that is alone agrees with itself. It
+    is meant for the start of a job, where ranks that hold different plans would hang later on.
+    """
+    if not _is_registered(WORLD) and (not dist.is_initialized() or dist.get_world_size() == 1):
+        return
+    mine = hashlib.sha256(value.encode()).digest()
+    theirs = _gathered(mine)
+    others = [rank for rank, digest in enumerate(theirs) if digest != theirs[0]]
+    if others:
+        lengths = [int.from_bytes(row, "big") for row in _gathered(len(value.encode()).to_bytes(8, "big"))]
+        texts = [row.rstrip(b"\0").decode() for row in _gathered(value.encode().ljust(max(lengths), b"\0"))]
+        found = f"{ranks_named(others)} with another {name}: {_short(texts[others[0]])}"
+        raise MeshError(name, found, f"that of rank 0 on every rank: {_short(texts[0])}")
+
+
+def _is_registered(axis: str) -> bool:
+    try:
+        group_of(axis)
+    except OperatorError:
+        return False
+    return True
+
+
+def _gathered(row: bytes) -> list[bytes]:
+    """The rows of all ranks, equally long, in their order."""
+    group = group_of(WORLD)
+    device = "cpu" if torch.device("cpu") in group._device_types or not dist.is_initialized() else "cuda"
+    mine = torch.frombuffer(bytearray(row), dtype=torch.uint8).to(device)
+    gather = torch.ops._c10d_functional.all_gather_into_tensor(mine, group.size(), WORLD)
+    rows = torch.ops._c10d_functional.wait_tensor(gather).view(group.size(), -1).cpu()
+    return [bytes(line.tolist()) for line in rows]
+
+
+def _short(text: str, longest: int = 60) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"
