@@ -20,6 +20,7 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousParameters, RendezvousTimeoutError
 from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
 
@@ -71,48 +72,55 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, tell: Callable[[str], None]) -> None:
         super().__init__(spec, DefaultLogsSpecs(), exit_barrier_timeout=PATIENCE, shutdown_timeout=PATIENCE)
         self._tell = tell
+        self.ends: dict[int, int] = {}
+
+    @property
+    def status(self) -> int:
+        """The exit status of the job: that of a rank that failed of itself, as a shell would say it."""
+        code = next(iter(self.ends.values()), 0)
+        return code if code >= 0 else 128 - code
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        ends = self._ends_so_far(worker_group)  # before those that are left are ended for their sake
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
-            if status_of(result) in (MISTAKE, INTERRUPTED):
+            self.ends = ends or {rank: failure.exitcode for rank, failure in result.failures.items()}
+            if self.status in (MISTAKE, INTERRUPTED):
                 self._remaining_restarts = 0
-            self._tell_of(result)
+            self._tell_of_failure()
         return result
+
+    def _ends_so_far(self, worker_group: WorkerGroup) -> dict[int, int]:
+        """The ranks on this machine that have failed, and their exit codes; signals are below zero."""
+        assert isinstance(self._pcontext, SubprocessContext)
+        codes = {
+            worker_group.workers[local].global_rank: handler.proc.poll()
+            for local, handler in self._pcontext.subprocess_handlers.items()
+        }
+        return {rank: code for rank, code in codes.items() if code}
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         started: dict[int, Any] = super()._start_workers(worker_group)
-        context = self._pcontext
-        assert context is not None
-        close = context.close
+        assert self._pcontext is not None
+        close = self._pcontext.close
 
         def close_soon(death_sig: signal.Signals | None = None, timeout: int = HASTE) -> None:
             close(death_sig, timeout)
 
-        # A context that finds a rank failed closes the others with a patience of 30 s that nothing sets.
-        context.close = close_soon  # type: ignore[method-assign]
+        # When one rank has failed, the others are given 30 s to leave, and no setting to change it.
+        self._pcontext.close = close_soon  # type: ignore[method-assign]
         return started
 
-    def _tell_of(self, result: RunResult) -> None:
-        ends = {rank: failure.exitcode for rank, failure in sorted(result.failures.items())}
-        first = [rank for rank, code in ends.items() if code != -signal.SIGTERM] or list(ends)
-        killed = [f"rank {r} ended by {signal.Signals(-ends[r]).name}" for r in first if ends[r] < 0]
-        left = self._remaining_restarts
+    def _tell_of_failure(self) -> None:
+        killed = [
+            f"rank {r} ended by {signal.Signals(-code).name}" for r, code in self.ends.items() if code < 0
+        ]
+        what, left = ", ".join(killed), self._remaining_restarts
+        limit = self._worker_group.spec.max_restarts
         if left > 0:
-            what = ", ".join(killed) or "a rank failed"
-            number = self._worker_group.spec.max_restarts - left + 1
-            self._tell(f"{what}; starting again ({number} of {number + left - 1})")
+            self._tell(f"{what or 'a rank failed'}; starting again ({limit - left + 1} of {limit})")
         elif killed:
-            self._tell(f"{', '.join(killed)}, and no restarts are left")
-
-
-def status_of(result: RunResult) -> int:
-    """The exit status of a job: that of the rank that failed first, as a shell would say it."""
-    if not result.is_failed():
-        return 0
-    codes = [failure.exitcode for failure in sorted(result.failures.values(), key=lambda f: f.timestamp)]
-    own = [code for code in codes if code != -signal.SIGTERM] or codes  # the agent ends the rest by SIGTERM
-    return own[0] if own[0] > 0 else 128 - own[0]
+            self._tell(f"{what}, and no restarts are left" if limit else what)
 
 
 def launch(
@@ -126,8 +134,9 @@ def launch(
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     with _signals_kept(), _quiet():
         try:
-            spec = _specification(command, nproc, max_restarts)
-            return status_of(Agent(spec, tell).run())
+            agent = Agent(_specification(command, nproc, max_restarts), tell)
+            result = agent.run()
+            return agent.status if result.is_failed() else 0
         except SignalException:
             return INTERRUPTED
         except (RendezvousTimeoutError, OSError) as error:

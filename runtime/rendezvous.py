@@ -16,6 +16,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from moec.errors import MeshError
 
@@ -26,7 +28,7 @@ PATIENCE = timedelta(minutes=5)
 _PAUSE = 0.02
 
 
-def meet(timeout: timedelta | None = None, device: str = "cpu", patience: timedelta = PATIENCE) -> dist.Store:
+def meet(timeout: timedelta | None = None, device: str = "cpu", patience: timedelta = PATIENCE) -> Store:
     """Make the default process group from the environment: gloo, and NCCL too when `device` is CUDA.
 
     Gives a store that the ranks of this start of the job share. `timeout` bounds every collective, `patience`
@@ -41,16 +43,16 @@ def meet(timeout: timedelta | None = None, device: str = "cpu", patience: timede
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        found_store, rank, world = next(iter(dist.rendezvous("env://", timeout=patience)))
+        found_store, rank, world = next(iter(rendezvous("env://", timeout=patience)))
         store = _gather(found_store, rank, world, patience)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (dist.DistError, ValueError, RuntimeError) as error:
         raise _no_meeting(error) from error
-    return dist.PrefixStore("moec", store)
+    return PrefixStore("moec", store)
 
 
-def _gather(store: dist.Store, rank: int, world: int, patience: timedelta) -> dist.Store:
+def _gather(store: Store, rank: int, world: int, patience: timedelta) -> Store:
     """A part of `store` that belongs to the `world` processes that are there now.
 
     Each writes a name of its own. Rank 0 reads the names aloud until each rank has answered to what it read,
@@ -62,12 +64,12 @@ def _gather(store: dist.Store, rank: int, world: int, patience: timedelta) -> di
     while time.monotonic() < deadline:
         final = _preside(store, world) if rank == 0 else _answer(store, rank, name)
         if final is not None:
-            return dist.PrefixStore(hashlib.sha256(json.dumps(final).encode()).hexdigest(), store)
+            return PrefixStore(hashlib.sha256(json.dumps(final).encode()).hexdigest(), store)
         time.sleep(_PAUSE)
     raise _absent(store, rank, world, patience)
 
 
-def _preside(store: dist.Store, world: int) -> list[str] | None:
+def _preside(store: Store, world: int) -> list[str] | None:
     names = [_read(store, f"moec/name/{rank}") for rank in range(world)]
     if not all(names):
         return None
@@ -79,7 +81,7 @@ def _preside(store: dist.Store, world: int) -> list[str] | None:
     return names
 
 
-def _answer(store: dist.Store, rank: int, name: str) -> list[str] | None:
+def _answer(store: Store, rank: int, name: str) -> list[str] | None:
     aloud = _read(store, "moec/aloud")
     if aloud and json.loads(aloud)[rank : rank + 1] == [name]:
         store.set(f"moec/answer/{rank}", aloud)
@@ -87,11 +89,11 @@ def _answer(store: dist.Store, rank: int, name: str) -> list[str] | None:
     return final if final[rank : rank + 1] == [name] else None
 
 
-def _read(store: dist.Store, key: str) -> str:
+def _read(store: Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def _absent(store: dist.Store, rank: int, world: int, patience: timedelta) -> MeshError:
+def _absent(store: Store, rank: int, world: int, patience: timedelta) -> MeshError:
     aloud = _read(store, "moec/aloud")
     here = [other for other in range(1, world) if aloud and _read(store, f"moec/answer/{other}") == aloud]
     absent = [other for other in range(world) if other not in (*here, rank)]

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import GroupName
 
 from moec.ir import region_of
 from moec.runtime.ops.groups import group_of
@@ -156,7 +157,7 @@ class WatchedGroup(dist.ProcessGroup):
     """The process group of an axis, that notes what it is asked for and hands it on."""
 
     def __init__(self, axis: str, inner: dist.ProcessGroup, trail: Trail) -> None:
-        super().__init__(inner.rank(), inner.size())
+        super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]
         self.axis, self.inner, self.trail = axis, inner, trail
 
     def getBackendName(self) -> str:
@@ -168,9 +169,9 @@ class WatchedGroup(dist.ProcessGroup):
         return list(self.inner._device_types)
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> GroupName:
         """The axis: what the group is registered under."""
-        return self.axis
+        return GroupName(self.axis)
 
 
 def _noting(method: str, op: str) -> Callable[..., Any]:
@@ -202,5 +203,5 @@ def watched_axes(axes: list[str], trail: Trail) -> Iterator[None]:
 
 
 def _replace(axis: str, group: dist.ProcessGroup) -> None:
-    _unregister_process_group(axis)
-    _register_process_group(axis, group)
+    _unregister_process_group(GroupName(axis))
+    _register_process_group(GroupName(axis), group)

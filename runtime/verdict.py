@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 #: Seconds in which ranks that fail alike have to say so to be named together.
 PATIENCE = 1.0
@@ -20,8 +21,8 @@ PATIENCE = 1.0
 class Verdict:
     """What went wrong in the job whose ranks share `store`."""
 
-    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
-        self._store, self._rank, self._world = dist.PrefixStore("moec/verdict", store), rank, world
+    def __init__(self, store: Store, rank: int, world: int) -> None:
+        self._store, self._rank, self._world = PrefixStore("moec/verdict", store), rank, world
 
     def claim(self, text: str, status: int) -> str | None:
         """Bring an error and the exit status it asks for; gives the ranks it is true of, None for silence.

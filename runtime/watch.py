@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
-import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from moec.errors import RankError
 from moec.ir.mesh import Mesh
@@ -27,7 +28,8 @@ from moec.runtime.trail import Trail
 #: Posts in the time limit, and the longest time between two, in seconds.
 BEATS, LONGEST = 12, 5.0
 
-_TORCH = str(Path(torch.__file__).parent)
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_MOEC = str(Path(__file__).parents[1])
 
 
 class Watch:
@@ -42,13 +44,13 @@ class Watch:
         trail: Trail,
         mesh: Mesh,
         rank: int,
-        store: dist.Store,
+        store: Store,
         limit: float,
         end: Callable[[RankError], None],
     ) -> None:
         self._trail, self._mesh, self._rank = trail, mesh, rank
         # A connection of its own: the training thread may hold the other one while it waits.
-        self._store = dist.PrefixStore("moec/watch", store.clone())
+        self._store = PrefixStore("moec/watch", store.clone())  # type: ignore[attr-defined]
         self._limit, self._end = limit, end
         self._pause = min(limit / BEATS, LONGEST)
         self._axes = [axis for axis, size in mesh.axes().items() if size > 1]
@@ -68,8 +70,8 @@ class Watch:
         self._thread.join(self._pause)
 
     def _run(self) -> None:
-        seen, since = self._trail.length, time.monotonic()
-        while not self._leaving.wait(self._pause):
+        seen, since = -1, time.monotonic()
+        while not self._leaving.wait(self._pause if self._beat else 0):
             try:
                 self._post()
                 if self._trail.length != seen:
@@ -129,9 +131,11 @@ class Watch:
     def _line(self) -> str:
         """The line that the watched thread is at, in moec's or the user's own code."""
         frame = sys._current_frames().get(self._watched)
-        while frame is not None and _is_foreign(frame):
+        while frame is not None and _is_foreign(frame.f_code.co_filename):
             frame = frame.f_back
-        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame is not None else ""
+        if frame is None:
+            return ""
+        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
     def _without_store(self, error: Exception) -> RankError:
         found = f"the job's store does not answer ({str(error).splitlines()[0]})"
@@ -139,9 +143,8 @@ class Watch:
         return RankError(f"rank {self._rank}", found, "the rank or the launcher that holds the store", last)
 
 
-def _is_foreign(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    return file.startswith(("<", _TORCH))
+def _is_foreign(file: str) -> bool:
+    return file.startswith(("<", *_LIBRARIES)) and not file.startswith(_MOEC)
 
 
 def _read_post(text: bytes) -> Post:

@@ -125,8 +125,8 @@ class _RankOfJob:
         return self.run.resume
 
     def _local_program(self, plan: Plan) -> LocalProgram:
-        """This rank's part. Every rank compiles the whole, rank 0 alone proves it: they agree on the rest."""
-        verify = None if self.place.rank == 0 else "off"
+        """This rank's part. All compile the whole; rank 0 alone proves it, once, for all the same."""
+        verify = None if self.place.rank == self.place.restarts == 0 else "off"
         program = program_of(
             self.run.model, self.run.plan, verify=verify, trust=self.run.trust, world=self.place.world
         )
