@@ -43,7 +43,7 @@ def random_numbers(rank: int) -> dict[str, torch.Tensor]:
 
 def whole_numbers(rank: int) -> dict[str, torch.Tensor]:
     """Every collective along every axis, and what the groups are."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for axis in ("world", "data", "tensor", "expert_4", "expert_4_inside", "expert_4_between", "slice_2x2"):
         torch.manual_seed(100 + rank)
         made = every_collective(axis, rank, torch.randint(-3, 4, (4, 3)).float())
