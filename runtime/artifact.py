@@ -2,9 +2,12 @@
 
     saved/
       program.py           the program, readable, and what is loaded
+      partition.py         of a placed program: that of one rank, the same for all ranks
       stages/*.py          its text at earlier stages, for `diff`
       weights.safetensors  every tensor once (several files when large; none for a program on `meta`)
-      manifest.json        plan, origins, ledger, certificates, regions; a SHA-256 of every file
+      parts/*.safetensors  of a placed program, instead: what each rank holds (see `part_files`)
+      manifest.json        plan, origins, ledger, certificates, regions, mesh and placements; a SHA-256 of
+                           every file
 
 A folder is written under another name and renamed, so it is whole or not there. Loading parses `program.py`
 with `moec.ir.parse`, which knows operators and weights and no other Python.
@@ -12,33 +15,30 @@ with `moec.ir.parse`, which knows operators and weights and no other Python.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-import shutil
-import tempfile
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from moec.errors import ArtifactError
-from moec.ir.certificate import Certificate
-from moec.ir.origins import Origin, Origins
-from moec.ir.parse import parse_program
 from moec.ir.program import Program
-from moec.ir.retarget import on_device
-from moec.ir.shapes import propagate
 from moec.ir.text import program_text
-from moec.plan import Plan, Train
+from moec.plan import Parallel, Plan, Train
 
+from .drafts import draft_of
 from .manifest import (
     NAME,
-    NEEDED,
-    REBUILD,
+    FileRecord,
     Manifest,
+    PartGroup,
     WeightRecord,
     read_manifest,
     record_of,
@@ -46,90 +46,95 @@ from .manifest import (
     write_manifest,
 )
 from .manifest_records import (
-    ledger_of,
-    places_of,
-    region_records,
-    regions_of,
-    restore_places,
-    source_of,
+    layout_fields,
+    layout_of,
+    partition_record,
+    sheet_fields,
     source_record,
-    unused_key,
+    unused_tensors,
 )
-from .weights import LARGEST_FILE, describe_weights, read_tensors, rebuild_weights, weights_of, write_tensors
+from .part_files import FOLDER, group_parts, read_whole, write_whole
+from .saved import Saved
+from .weights import LARGEST_FILE, describe_weights, read_tensors, weights_of, write_tensors
 
-PROGRAM = "program.py"
+PROGRAM, PARTITION = "program.py", "partition.py"
 P = TypeVar("P", bound=Program)
 
 
 def fingerprint(program: Program) -> str:
     """A hash of what a program *is*: its text, where its weights come from, and the plan that shaped it.
 
-    Neither weights nor how it is trained take part: a run may be resumed with more steps.
+    Neither weights nor how it is trained take part: a run may be resumed with more steps. Nor do device and
+    mesh, so that it may be resumed on others: a placed program has the fingerprint that it had before.
     """
     origins = {name: asdict(origin) for name, origin in program.origins.items()}
-    shaped = program.plan.model_copy(update={"train": Train()}) if isinstance(program.plan, Plan) else None
-    parts = [program_text(program.graph), json.dumps(origins, sort_keys=True)]
-    return hashlib.sha256("\0".join([*parts, shaped.to_toml() if shaped else ""]).encode()).hexdigest()
+    code = ast.unparse(ast.parse(program_text(program.graph)))  # without comments: shapes and placements
+    parts = [re.sub(r"device='[^']*'", "device", code), json.dumps(origins, sort_keys=True)]
+    return hashlib.sha256("\0".join([*parts, _shaping(program.plan)]).encode()).hexdigest()
 
 
-def save_program(program: Program, directory: str | Path, *, largest_file: int = LARGEST_FILE) -> Path:
+def _shaping(plan: Any) -> str:
+    if not isinstance(plan, Plan):
+        return ""
+    return plan.model_copy(update={"train": Train(), "parallel": Parallel()}).to_toml()
+
+
+def save_program(
+    program: Program,
+    directory: str | Path,
+    *,
+    local: Program | None = None,
+    largest_file: int = LARGEST_FILE,
+) -> Path:
     """Write `program` to the folder `directory`, replacing an earlier saved program; gives its path.
 
     Weight files hold at most `largest_file` bytes (a bigger tensor gets one of its own). A program on `meta`
-    is saved without weights. Raises `ArtifactError` when `directory` holds something else already.
+    is saved without weights. A placed program takes the program of one of its ranks along, `local`, and its
+    weights are written in parts. Raises `ArtifactError` when `directory` holds something else already.
     """
     target = Path(directory)
-    if _is_something_else(target):
-        raise ArtifactError(
-            str(target), "something else is there", "a new folder, or one with a saved program"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-saving-", dir=target.parent))
-    try:
-        draft.chmod(target.parent.stat().st_mode & 0o777)
-        _write(program, draft, largest_file)
-        _swap(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with draft_of(target, NAME) as draft:
+        weights = describe_weights(program.graph)
+        tensors = _tensors(program, weights)
+        weight_files = parts = None
+        if tensors is not None and program.layout is not None:
+            parts = group_parts(weights, program.layout, unused_tensors(program.source), largest_file)
+            (draft / FOLDER).mkdir()
+            write_whole(draft, parts, program.layout, tensors)
+        elif tensors is not None:
+            weight_files = write_tensors(draft, tensors, largest_file)
+        write_records(program, draft, local=local, weight_files=weight_files, parts=parts)
     return target
 
 
-def _is_something_else(target: Path) -> bool:
-    if not target.exists() or (target / NAME).is_file():
-        return False
-    return not target.is_dir() or any(target.iterdir())
+def write_records(
+    program: Program,
+    folder: Path,
+    *,
+    local: Program | None = None,
+    weight_files: dict[str, list[str]] | None = None,
+    parts: list[PartGroup] | None = None,
+    known: Mapping[str, FileRecord] | None = None,
+) -> None:
+    """Write everything of `program` but its weights, and at last the manifest of all files in `folder`.
 
-
-def _swap(draft: Path, target: Path) -> None:
-    """Put `draft` in the place of `target`; what was there is kept until the new folder stands."""
-    old = draft.with_name(f"{draft.name}-replaced")
-    if target.exists():
-        target.rename(old)
-    try:
-        draft.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(program: Program, folder: Path, largest_file: int) -> None:
+    `weight_files` and `parts` say which of them hold weights; `known`: files that others looked at already.
+    """
     (folder / PROGRAM).write_text(program.text(), encoding="utf-8")
     stages = _write_stages(program, folder)
-    weights = describe_weights(program.graph)
-    tensors = _tensors(program, weights)
-    weight_files = None if tensors is None else write_tensors(folder, tensors, largest_file)
+    partition = None
+    if local is not None:
+        (folder / PARTITION).write_text(local.text(), encoding="utf-8")
+        partition = partition_record(local, program, PARTITION)
+    known = known or {}
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     manifest = Manifest(
-        moec=_version(), torch=torch.__version__, stage=program.stage, training=program.training,
+        moec=_version(), torch=torch.__version__, training=program.training,
         fingerprint=fingerprint(program), source=source_record(program.source), plan=_plan_text(program),
-        weights=weights, weight_files=weight_files,
-        origins={name: asdict(origin) for name, origin in program.origins.items()},
-        ledger=[asdict(entry) for entry in program.ledger], notes=list(program.ledger.notes),
-        certificates=[certificate.to_json() for certificate in program.certificates],
-        regions=region_records(program.graph), nodes=places_of(program.graph), stages=stages,
-        files={name: record_of(folder / name) for name in files},
+        weights=describe_weights(program.graph), weight_files=weight_files, parts=parts, partition=partition,
+        stages=stages,
+        files={name: known.get(name) or record_of(folder / name) for name in files},
+        **layout_fields(program.layout), **sheet_fields(program),
     )  # fmt: skip
     write_manifest(folder, manifest)
 
@@ -140,7 +145,7 @@ def _tensors(program: Program, weights: list[WeightRecord]) -> dict[str, Tensor]
         return None
     values = weights_of(program.graph)
     tensors = {record.tensor: values[record.tensor] for record in weights}
-    tensors |= {unused_key(name): value for name, value in program.source.unused.items()}
+    tensors |= unused_tensors(program.source)
     hollow = next((name for name, value in tensors.items() if value.device.type == "meta"), None)
     if hollow is not None:
         raise ArtifactError("save", f"{hollow} is on meta, the parameters are not", "values for every tensor")
@@ -210,51 +215,19 @@ def load_program(
     """
     folder, place = Path(directory), torch.device(device)
     manifest = read_manifest(folder, trust=trust)
-    text = require_whole(folder, PROGRAM, manifest, trust=trust).read_text(encoding="utf-8")
-    parsed = parse_program(text, file=str(folder / PROGRAM), trusted=trust)
-    tensors = _read_weights(folder, manifest, place)
-    transient = {record.name for record in manifest.weights if not record.persistent}
-    graph = parsed.assemble(rebuild_weights(manifest.weights, tensors), regions_of(manifest), transient)
-    on_device(graph, place if tensors is not None else torch.device("meta"))
-    propagate(graph)
-    restore_places(graph, manifest)
-    return _program(kind, graph, folder, manifest, tensors, trust)
+    saved = Saved(folder, manifest, layout_of(manifest), trust)
+    tensors = _read_weights(saved, place)
+    graph = saved.graph(PROGRAM, manifest, manifest.weights, tensors, place)
+    return saved.program(kind, graph, manifest, tensors)
 
 
-def _program(
-    kind: type[P],
-    graph: fx.GraphModule,
-    folder: Path,
-    manifest: Manifest,
-    tensors: dict[str, Tensor] | None,
-    trust: bool,
-) -> P:
-    try:
-        program = kind(
-            graph, source=source_of(manifest.source, tensors), stage=manifest.stage,
-            origins=Origins({name: Origin(**data) for name, data in manifest.origins.items()}),
-            ledger=ledger_of(manifest),
-            certificates=tuple(map(Certificate.from_json, manifest.certificates)),
-            plan=Plan.from_text(manifest.plan) if manifest.plan is not None else None,
-            texts=_read_stages(folder, manifest, trust),
-        )  # fmt: skip
-    except (TypeError, KeyError, AttributeError) as error:
-        found = f"records that do not fit: {error}"
-        raise ArtifactError(str(folder / NAME), found, NEEDED, REBUILD) from None
-    return program.train(manifest.training)
-
-
-def _read_weights(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, Tensor] | None:
-    if manifest.weight_files is None or device.type == "meta":
+def _read_weights(saved: Saved, device: torch.device) -> dict[str, Tensor] | None:
+    manifest = saved.manifest
+    if device.type == "meta" or (manifest.weight_files is None and manifest.parts is None):
         return None
+    if saved.layout is not None:
+        return read_whole(saved.folder, manifest, saved.layout, device)
     tensors: dict[str, Tensor] = {}
-    for file, names in manifest.weight_files.items():
-        tensors |= read_tensors(require_whole(folder, file, manifest), names, device)
+    for file, names in (manifest.weight_files or {}).items():
+        tensors |= read_tensors(require_whole(saved.folder, file, manifest), names, device)
     return tensors
-
-
-def _read_stages(folder: Path, manifest: Manifest, trust: bool) -> dict[str, str]:
-    return {
-        stage: require_whole(folder, file, manifest, trust=trust).read_text(encoding="utf-8")
-        for stage, file in manifest.stages.items()
-    }

@@ -18,9 +18,9 @@ from moec.errors import ArtifactError
 
 FORMAT, VERSION, NAME = "moec program", 1, "manifest.json"
 NEEDED = "a program saved by program.save(folder)"
-REBUILD = "compile and save the program again"
+REBUILD = "moec compile MODEL --plan PLAN --out FOLDER"
 TRUST = "trust=True, if the edit is yours"
-FileName = Annotated[str, Field(pattern=r"^(stages/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+FileName = Annotated[str, Field(pattern=r"^(stages/|parts/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
 
 class _Record(BaseModel):
@@ -69,32 +69,67 @@ class SourceRecord(_Record):
     notes: list[str]
 
 
-class Manifest(_Record):
-    """Everything of a program but its text and its tensors.
+class PartGroup(_Record):
+    """The weights that are split over the same `axes` (sorted; none: whole on every rank), by the names of
+    their tensors: the `number`-th `of` several files a place. `idle`: read by no rank."""
 
-    `nodes`: region ('' for the root) → node → the user's module path and source line. `weight_files`: file →
-    its tensors, None for a program saved without weights. `stages`: name of a stage → file with its text.
+    axes: list[str]
+    tensors: list[str]
+    number: int = 1
+    of: int = 1
+    idle: bool = False
+
+
+class Sheet(_Record):
+    """What is recorded of one graph beside its text.
+
+    `nodes`: region ('' for the root) → node → the user's module path and source line; `placements`: likewise,
+    where on the mesh a value lies.
     """
 
-    format: Literal["moec program"] = "moec program"
-    version: int = VERSION
-    moec: str
-    torch: str
     stage: str
-    training: bool
-    fingerprint: str
-    source: SourceRecord
-    plan: str | None
-    weights: list[WeightRecord]
-    weight_files: dict[FileName, list[str]] | None
     origins: dict[str, dict[str, Any]]
     ledger: list[dict[str, Any]]
     notes: list[str]
     certificates: list[dict[str, Any]]
     regions: dict[str, RegionRecord]
     nodes: dict[str, dict[str, tuple[str, str]]]
+    placements: dict[str, dict[str, str]] = {}
+
+
+class PartitionRecord(Sheet):
+    """The program of one rank, the same for every rank: the file of its `text`, and its `weights`, each →
+    the weight of the whole program that it is a part of, as the layout says."""
+
+    text: FileName
+    weights: dict[str, str]
+
+
+class Manifest(Sheet):
+    """Everything of a program but its text and its tensors.
+
+    `weight_files`: file → its tensors, None for a program saved without weights, or in parts. `stages`: name
+    of a stage → file with its text. For a placed program `layout` is its mesh and the placements of its
+    weights, `groups` the first group of ranks along each axis, `partition` the program of its ranks, and
+    `parts` the groups of its weights, None when it was saved without.
+    """
+
+    format: Literal["moec program"] = "moec program"
+    version: int = VERSION
+    moec: str
+    torch: str
+    training: bool
+    fingerprint: str
+    source: SourceRecord
+    plan: str | None
+    weights: list[WeightRecord]
+    weight_files: dict[FileName, list[str]] | None
     stages: dict[str, FileName]
     files: dict[FileName, FileRecord]
+    layout: dict[str, Any] | None = None
+    groups: dict[str, list[int]] = {}
+    partition: PartitionRecord | None = None
+    parts: list[PartGroup] | None = None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -152,19 +187,23 @@ def record_of(path: Path) -> FileRecord:
         return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
+def rebuild(folder: Path, manifest: Manifest) -> str:
+    """What makes the folder anew."""
+    world = f", world={len(manifest.groups['world'])}" if "world" in manifest.groups else ""
+    return f"moec.compile({manifest.source.name}(…), plan{world}).save({str(folder)!r})"
+
+
 def require_whole(folder: Path, name: str, manifest: Manifest, *, trust: bool = False) -> Path:
     """The path of a file that is as it was when saved; with `trust` it may have been edited."""
-    path, needed = folder / name, manifest.files.get(name)
+    path, needed, again = folder / name, manifest.files.get(name), rebuild(folder, manifest)
     if needed is None or not path.is_file():
-        raise ArtifactError(str(path), "no such file", NEEDED, REBUILD)
+        raise ArtifactError(str(path), "no such file", NEEDED, again)
     if trust:
         return path
     found = record_of(path)
     if found.bytes < needed.bytes:
-        raise ArtifactError(
-            str(path), f"{found.bytes:,} bytes: cut short", f"{needed.bytes:,} bytes", REBUILD
-        )
+        raise ArtifactError(str(path), f"{found.bytes:,} bytes: cut short", f"{needed.bytes:,} bytes", again)
     if found != needed:
-        better = TRUST if name.endswith(".py") else REBUILD
+        better = f"{again}; or {TRUST}" if name.endswith(".py") else again
         raise ArtifactError(str(path), "it was edited after saving", f"SHA-256 {needed.sha256[:12]}…", better)
     return path

@@ -63,26 +63,33 @@ def write_tensors(
     folder: Path, tensors: Mapping[str, Tensor], largest: int = LARGEST_FILE
 ) -> dict[str, list[str]]:
     """Write `tensors` in files of at most `largest` bytes (a bigger one alone); gives file → its tensors."""
-    groups = _grouped(tensors, largest)
+    groups = grouped({name: tensor.nbytes for name, tensor in tensors.items()}, largest)
     files: dict[str, list[str]] = {}
     for number, names in enumerate(groups, 1):
         part = "" if len(groups) == 1 else f"-{number:05d}-of-{len(groups):05d}"
         file = f"weights{part}.safetensors"
-        save_file({name: _alone(tensors[name]) for name in names}, folder / file)
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
+        write_file(folder / file, {name: tensors[name] for name in names})
         files[file] = names
     return files
 
 
-def _grouped(tensors: Mapping[str, Tensor], largest: int) -> list[list[str]]:
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file; everyone may read it who may read its folder."""
+    save_file({name: _alone(tensor) for name, tensor in tensors.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
+
+
+def grouped(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
+    """The names in order, in groups whose `sizes` add up to at most `largest`, or of one; one group at
+    least."""
     groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > largest:
+    total = 0
+    for name, size in sizes.items():
+        if groups[-1] and total + size > largest:
             groups.append([])
-            size = 0
+            total = 0
         groups[-1].append(name)
-        size += tensor.nbytes
+        total += size
     return groups
 
 
