@@ -18,6 +18,7 @@ from torch import fx
 
 from moec.errors import PassError
 from moec.ir import Pass, Program, region_of, regions
+from moec.ir.graphs import graph_modules
 from moec.ir.mesh import TENSOR, ExpertAxes
 from moec.ir.placement import Layout, Placement, Split
 
@@ -45,6 +46,7 @@ class PlaceExperts(Pass):
                 shapes[f"{name}.{leaf}"] = tuple(module.get_parameter(leaf).shape)
             _annotate(module, axes, layout.mesh.tensor)
         program.layout = Layout(layout.mesh, placements, shapes)
+        _annotate_weights(program.graph, program.layout)
         return program
 
 
@@ -70,6 +72,16 @@ def _holders(axes: ExpertAxes, sliced: bool) -> str:
     """The ranks that hold the same part: those of other expert-data places, and all slices of what is
     whole."""
     return axes.data_axis if sliced or axes.slice == 1 else axes.alike_axis
+
+
+def _annotate_weights(root: fx.GraphModule, layout: Layout) -> None:
+    """What is printed above a region of the weights it reads, dense ones included."""
+    for path, module in graph_modules(root):
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                placement = layout.of(f"{path}.{node.target}" if path else str(node.target))
+                if placement.splits:
+                    node.meta["placement"] = str(placement)
 
 
 def _annotate(module: fx.GraphModule, axes: ExpertAxes, tensor: int) -> None:

@@ -28,16 +28,18 @@ class Line:
 
 @dataclass
 class Function:
-    """One printed function and the regions it stands for."""
+    """One printed function, where its weights lie, and the regions it stands for."""
 
     header: str
     lines: list[Line]
+    weights: list[str] = field(default_factory=list)
     regions: list[tuple[str, Region | None]] = field(default_factory=list)
 
     @property
     def body(self) -> str:
         """Everything but the name: functions of equal body are printed once."""
-        return "\n".join([self.header, *(f"{line.code}  # {line.comment}" for line in self.lines)])
+        lines = [f"{line.code}  # {line.comment}" for line in self.lines]
+        return "\n".join([self.header, *self.weights, *lines])
 
 
 def import_lines(words: set[str]) -> str:
@@ -78,13 +80,14 @@ def _aliases(name: str, others: list[str]) -> str:
 def _about(function: Function) -> str:
     """The comment above a function: how many regions it stands for, and where they are."""
     regions = [region for _, region in function.regions if region is not None]
+    weights = "".join(f"#   {printable(line)}\n" for line in function.weights)
     if not regions:
-        return ""
+        return weights
     first = regions[0]
     title = f"{first.kind} {ranges([region.index for region in regions])} ({len(regions)} alike)"
     parts = [title if len(regions) > 1 else first.name]
     parts += [_common_path([region.path for region in regions]), first.source]
-    return f"# {printable(' · '.join(part for part in parts if part))}\n"
+    return f"# {printable(' · '.join(part for part in parts if part))}\n{weights}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -222,7 +222,8 @@ class Program(nn.Module):
         """What stands above the text: the model, the stage, the size, the expert layers."""
         total, active = self.num_parameters(), self.num_parameters(active=True)
         size = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
-        mesh = [] if self.layout is None else [str(self.layout.mesh)]
+        unmarked = "tokens: dim 0 over data; weights and other dims without a mark: whole on every rank"
+        mesh = [] if self.layout is None else [str(self.layout.mesh), unmarked]
         return [f"{self.source.name} · {self.stage} · {size}", *self._experts(), *mesh]
 
     def _experts(self) -> list[str]:

@@ -104,7 +104,7 @@ class _Printer:
         inputs = [node for node in nodes if node.op == "placeholder"]
         declared = [f"{spelling.name(node)}{_annotation(self.kinds[path][node])}" for node in inputs]
         header = f"({', '.join(['self', *declared])})"
-        return Function(header, list(self._lines(nodes, module, spelling)))
+        return Function(header, list(self._lines(nodes, module, spelling)), _weights_placed(module))
 
     def _lines(self, nodes: list[fx.Node], module: fx.GraphModule, spelling: Spelling) -> Iterable[Line]:
         block, skipped = "", set[fx.Node]()
@@ -122,7 +122,8 @@ class _Printer:
     def _line(self, node: fx.Node, items: list[fx.Node | None], spelling: Spelling, block: str) -> Line:
         names = [spelling.name(item) if item is not None else "_" for item in items] or [spelling.name(node)]
         code = f"{', '.join(names)}{',' if len(items) == 1 else ''} = {spelling.expression(node)}"
-        return Line(code, self._shape(node.meta.get("val")), block, str(node.meta.get("source") or ""))
+        parts = (self._shape(node.meta.get("val")), str(node.meta.get("placement") or ""))
+        return Line(code, " · ".join(filter(None, parts)), block, str(node.meta.get("source") or ""))
 
     # shapes
 
@@ -143,6 +144,16 @@ class _Printer:
         free = {symbol: self.letters.get(str(symbol), str(symbol)) for symbol in expression.free_symbols}
         letters = {symbol: sympy.Symbol(letter, positive=True) for symbol, letter in free.items()}
         return str(expression.xreplace(letters)).replace(" ", "")
+
+
+def _weights_placed(module: fx.GraphModule) -> list[str]:
+    """`up.weight: dim 0 over expert_4; …` for the weights of this graph that are dealt out to ranks."""
+    placed = {
+        str(node.target): str(node.meta["placement"])
+        for node in module.graph.nodes
+        if node.op == "get_attr" and node.meta.get("placement")
+    }
+    return [f"{name}: {where}" for name, where in placed.items()]
 
 
 def function_name(path: str) -> str:
