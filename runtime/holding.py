@@ -61,6 +61,11 @@ class Holding:
         shape = tuple(self._shapes.get(name, tensor.shape)) if placement.splits else tuple(tensor.shape)
         return Part(tensor, shape, tuple(placement.pieces(shape, self._coordinates)))
 
+    def is_first_part(self, name: str) -> bool:
+        """Whether this rank's part of the weight is the first: what there is once for all parts goes with
+        it."""
+        return all(self._coordinates[split.axis] == 0 for split in self.placement(name).splits)
+
     def is_saved_here(self, name: str) -> bool:
         """Whether this rank is the one that saves its part of the weight; the holders take turns."""
         _, number, place = self.holders(name)

@@ -32,7 +32,7 @@ class Optimizer:
 
     def __init__(self, program: Trainable, settings: Train, holding: Holding) -> None:
         groups = _groups(program, settings, holding)
-        self._program, self._ranks = program, holding.ranks
+        self._ranks = holding.ranks
         self._held = [_held(group, holding) for group in groups]
         rows = [{**group, "params": held.updated} for group, held in zip(groups, self._held, strict=True)]
         self.adamw = torch.optim.AdamW(rows, lr=settings.lr, betas=settings.betas, fused=True)
@@ -76,6 +76,7 @@ class Optimizer:
         self.adamw.step()
         for held in self._held:
             held.join()
+        torch.clear_autocast_cache()  # bf16 copies of the old weights outlive an autocast around the trainer
         self._is_first_step = False
 
     def free(self) -> None:
@@ -87,7 +88,7 @@ class Optimizer:
         operators do for the large gradients (`ops/buffers.py`: without, 285 ms in the second case).
         """
         self.adamw.zero_grad(set_to_none=True)
-        for _, parameter in self._program.named_parameters():
+        for parameter in (p for held in self._held for p in held.parameters):
             parameter.grad = None
 
     def worst_gradient(self) -> str:

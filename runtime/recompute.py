@@ -27,9 +27,11 @@ def recomputing(program: Trainable, wanted: bool) -> Iterator[None]:
 
     Raises `TrainError` for a program without regions, and for one compiled as a whole.
     """
+    # Stopping early would leave out the wait of a collective that was sent again.
+    again = functools.partial(functools.partial, checkpoint, use_reentrant=False, early_stop=False)
     changed = _regions(program) if wanted else []
     for region in changed:
-        region.__dict__["forward"] = functools.partial(checkpoint, region.forward, use_reentrant=False)
+        region.__dict__["forward"] = again(region.forward)
     try:
         yield
     finally:

@@ -43,6 +43,7 @@ def take_snapshot(program: Trainable, optimizer: Optimizer, holding: Holding) ->
     states = {
         f"{name}/{key}": Part.whole(value) if key == STEPS else holding.part(name, value)
         for name, key, value in optimizer.state(saved_here)
+        if key != STEPS or holding.is_first_part(name)
     }
     random = {kind: Part.whole(state) for kind, state in rng_states(holding.ranks.device).items()}
     return {**parts, OPTIMIZER: states, RANDOM: random}
