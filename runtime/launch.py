@@ -56,14 +56,11 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
         found = f"{', '.join(name for name in NEEDED if name not in missing)}, and no {', '.join(missing)}"
         nearest = "torchrun --nproc-per-node N -m moec …, or moec train … --nproc N"
         raise MeshError("environment", found, "all four, by which ranks find each other", nearest)
-    numbers = [
-        environment["RANK"],
-        environment["WORLD_SIZE"],
-        environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
-    ]
-    if not all(number.isdecimal() for number in numbers):
-        raise MeshError("environment", f"RANK={numbers[0]}, WORLD_SIZE={numbers[1]}", "whole numbers")
-    return Place(*map(int, numbers))
+    rank, world = environment["RANK"], environment["WORLD_SIZE"]
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        found = f"RANK={rank} and WORLD_SIZE={world}"
+        raise MeshError("environment", found, "a number of ranks, and one from 0 to WORLD_SIZE - 1")
+    return Place(int(rank), int(world), int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
 class Agent(LocalElasticAgent):

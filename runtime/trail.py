@@ -110,8 +110,8 @@ class Trail:
         node = torch._C._current_autograd_node()
         if node is None:
             return self._region, "forward" if self._inside else "outside of the layers"
-        if self._region:
-            return self._region, "recomputation"
+        if self._region:  # computed again
+            return self._region, "backward"
         place = bisect_right(self._bounds, node._sequence_nr()) - 1
         return self._names[place] if place >= 0 else "", "backward"
 
@@ -145,9 +145,9 @@ class Trail:
             self._names.append(region)
 
     def _begin(self, *_: object) -> None:
-        self._inside = True
-        self._region = ""
-        self._bounds, self._names = [], []
+        self._inside, self._region = True, ""
+        if torch._C._current_autograd_node() is None:
+            self._bounds, self._names = [], []
 
     def _finish(self, *_: object) -> None:
         self._inside = False
