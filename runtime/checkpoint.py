@@ -166,7 +166,7 @@ def _as_part(value: Tensor | Part) -> Part:
 
 
 def _file_name(stem: str, index: int, ranks: Ranks) -> str:
-    if ranks.world == 1:
+    if ranks.world == 1 and not index:
         return stem
     return f"{stem}-{ranks.rank:05d}" + (f"-{index}" if index else "")
 

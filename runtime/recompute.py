@@ -2,7 +2,8 @@
 
 Between forward and backward a region (`attention_3`, `ffn_3`, `moe_3`) keeps its inputs alone. Random states
 are put back for the second computation, so dropout and routing noise are those of the first. Collectives
-inside a region are sent again too, on every rank at the same place of its backward.
+inside a region are sent again too, on every rank at the same place of its backward. The first half of an
+expert layer, `dispatch_3`, keeps its values: it ends with rows on their way, which nobody would receive.
 
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
 """
@@ -20,6 +21,8 @@ from moec.errors import TrainError
 from moec.ir import regions
 from moec.runtime.trainable import Trainable
 
+KINDS = ("attention", "ffn", "branch", "moe", "mix")
+
 
 @contextmanager
 def recomputing(program: Trainable, wanted: bool) -> Iterator[None]:
@@ -27,7 +30,7 @@ def recomputing(program: Trainable, wanted: bool) -> Iterator[None]:
 
     Raises `TrainError` for a program without regions, and for one compiled as a whole.
     """
-    # Stopping early would leave out the wait of a collective that was sent again.
+    # Not stopped early, which would leave out the wait of a collective that was sent again.
     again = functools.partial(functools.partial, checkpoint, use_reentrant=False, early_stop=False)
     changed = _regions(program) if wanted else []
     for region in changed:
@@ -44,7 +47,8 @@ def _regions(program: Trainable) -> list[fx.GraphModule]:
     if backend != "eager":
         raise TrainError("train.recompute", f"backend = '{backend}'", "backend = 'eager'")
     graph = getattr(program, "graph", None)
-    found = list(regions(graph).values()) if isinstance(graph, fx.GraphModule) else []
+    inside = [regions(graph, kind) for kind in KINDS] if isinstance(graph, fx.GraphModule) else []
+    found = [region for named in inside for region in named.values()]
     if not found:
         raise TrainError("train.recompute", "a program without regions", "one that moec.compile made")
     return found
