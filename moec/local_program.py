@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from moec.ir import regions
 from moec.ir.hollow import hollow
 from moec.ir.local import own_weights
 from moec.ir.mesh import DATA, Mesh
-from moec.ir.placement import Layout, Placement
+from moec.ir.placement import Layout, Placement, Split
+from moec.ir.retarget import on_device
 from moec.passes.pipeline import partitioned
+from moec.passes.place_dense import logits_split
 from moec.passes.runner import Runner
 from moec.program import IGNORED, Program, at_least_float
 from moec.runtime.trainable import LossTerms
@@ -60,7 +63,15 @@ class LocalProgram(Program):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] for this rank's tokens [B, S] (i64); gathered where the vocabulary is split."""
-        return self.run(tokens)[0]
+        logits = self.run(tokens)[0]
+        if self._words is None:
+            return logits
+        return torch.ops.moec.gather_vocabulary(logits, sum(self._words.blocks), self._words.axis)
+
+    @functools.cached_property
+    def _words(self) -> Split | None:
+        """How the words of the graph's logits lie on the tensor ranks; None: whole on each."""
+        return logits_split(self)
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.shape[0] or tokens.is_floating_point():
@@ -82,11 +93,15 @@ class LocalProgram(Program):
         return {"loss": total, "task": task, "balance": balance, "z": z, "counts": terms["counts"]}
 
     def _task_share(self, logits: Tensor, targets: Tensor) -> Tensor:
-        wide = at_least_float(logits)
+        wide = at_least_float(logits).flatten(0, 1)
         count = (targets != IGNORED).sum()
         if self.layout.mesh.data > 1:
             count = c10d.wait_tensor(c10d.all_reduce(count, "sum", DATA))
-        losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        if self._words is None:
+            losses = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        else:
+            words = sum(self._words.blocks), IGNORED, self._words.axis
+            losses = torch.ops.moec.cross_entropy_part(wide, targets.flatten(), *words).sum()
         return losses / (count * self.layout.mesh.tensor)
 
     def placements(self) -> dict[str, Placement]:
@@ -140,6 +155,7 @@ def load_local(
 
     local = load_part(directory, rank, LocalProgram, trust=trust, device=device)
     whole = load_program(directory, trust=trust, device="meta", kind=Program)
+    on_device(whole.graph, torch.device(device))  # its text speaks of the device that the weights are on
     whole.source = local.source
     local._whole = (whole,)
     return local

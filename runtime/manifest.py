@@ -84,7 +84,7 @@ class Sheet(_Record):
     """What is recorded of one graph beside its text.
 
     `nodes`: region ('' for the root) → node → the user's module path and source line; `placements`: likewise,
-    where on the mesh a value lies.
+    where on the mesh a value or a weight (`self.up.weight`) lies.
     """
 
     stage: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -136,7 +137,7 @@ def places_of(root: fx.GraphModule) -> dict[str, dict[str, tuple[str, str]]]:
     """For the root ('') and every region: node → the user's module path and source line."""
     return {
         name: {
-            node.name: (str(node.meta.get("path") or ""), str(node.meta.get("source") or ""))
+            _key(node): (str(node.meta.get("path") or ""), str(node.meta.get("source") or ""))
             for node in module.graph.nodes
             if node.op.startswith("call") and (node.meta.get("path") or node.meta.get("source"))
         }
@@ -145,12 +146,22 @@ def places_of(root: fx.GraphModule) -> dict[str, dict[str, tuple[str, str]]]:
 
 
 def placements_of(root: fx.GraphModule) -> dict[str, dict[str, str]]:
-    """For the root ('') and every region that has any: node → where its value lies on the mesh."""
+    """For the root ('') and every region that has any: node, or `self.up.weight`, → where it lies."""
     found = {
-        name: {n.name: str(n.meta["placement"]) for n in module.graph.nodes if n.meta.get("placement")}
+        name: {_key(n): str(n.meta["placement"]) for n in module.graph.nodes if n.meta.get("placement")}
         for name, module in _graphs(root)
     }
     return {name: placements for name, placements in found.items() if placements}
+
+
+def _key(node: fx.Node) -> str:
+    """What the text calls a node: a weight by its name, a list by those of its items."""
+    if node.op == "get_attr":
+        return f"self.{node.target}"
+    items = {user.args[1]: user.name for user in node.users if user.target is operator.getitem}
+    if len(items) == len(node.users) > 0 and all(type(index) is int for index in items):
+        return ", ".join(items[index] for index in sorted(items))  # type: ignore[type-var]
+    return node.name
 
 
 def restore_places(root: fx.GraphModule, sheet: Sheet) -> None:
@@ -158,8 +169,8 @@ def restore_places(root: fx.GraphModule, sheet: Sheet) -> None:
     for name, module in _graphs(root):
         places, placements = sheet.nodes.get(name, {}), sheet.placements.get(name, {})
         for node in module.graph.nodes:
-            path, source = places.get(node.name, ("", ""))
-            known = {"path": path, "source": source, "placement": placements.get(node.name, "")}
+            path, source = places.get(_key(node), ("", ""))
+            known = {"path": path, "source": source, "placement": placements.get(_key(node), "")}
             node.meta |= {key: value for key, value in known.items() if value}
 
 

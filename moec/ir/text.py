@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from .graphs import named_weights
 from .kinds import NUMBERS, infer_kinds
 from .layout import Function, Line, function_text, import_lines
 from .overloads import Kind
@@ -153,7 +154,7 @@ def _weights_placed(module: fx.GraphModule) -> list[str]:
         for node in module.graph.nodes
         if node.op == "get_attr" and node.meta.get("placement")
     }
-    return [f"{name}: {where}" for name, where in placed.items()]
+    return [f"{name}: {placed[name]}" for name, _ in named_weights(module) if name in placed]
 
 
 def function_name(path: str) -> str:
