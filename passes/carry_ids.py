@@ -14,12 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moec.ir.overloads import candidates
+
 aten = torch.ops.aten
 NONE = -1
 
 VIEWS = {
     aten.unflatten.int, aten.flatten.using_ints, aten.reshape.default, aten.transpose.int,
-    aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.broadcast_to.default,
+    aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
+    aten.broadcast_to.default,
     aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
     aten.unbind.int, aten.cat.default, aten.stack.default, aten.repeat_interleave.self_int,
     aten.repeat.default, aten.flip.default, aten.roll.default, aten.t.default, aten.movedim.int,
@@ -81,8 +84,10 @@ def has_ids(value: Any) -> bool:
 
 def is_pointwise(target: Any) -> bool:
     """Whether the element of the result at a place is made of the operands' elements at that place alone."""
-    tagged = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    return tagged or target in POINTWISE
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    kin = candidates(target.overloadpacket)  # torch tags some overloads of an operator and forgets others
+    return target in POINTWISE or any(torch.Tag.pointwise in one.tags for one in kin)
 
 
 def carry(target: Any, arguments: dict[str, Any], shape: Sequence[int], meetings: Meetings) -> Any:
@@ -122,8 +127,7 @@ def _gathered(x: Tensor, dims: Sequence[int], meetings: Meetings) -> Tensor:
 
 
 def _along_dim(arguments: dict[str, Any], meetings: Meetings) -> Tensor:
-    x = arguments.get("self", arguments.get("input"))
-    return _gathered(x, [arguments["dim"]], meetings)
+    return _gathered(arguments["self"], [arguments["dim"]], meetings)
 
 
 def _norm(arguments: dict[str, Any], meetings: Meetings) -> Tensor:
@@ -131,7 +135,7 @@ def _norm(arguments: dict[str, Any], meetings: Meetings) -> Tensor:
 
 
 def _product(arguments: dict[str, Any], meetings: Meetings) -> Tensor:
-    one, other = arguments["self"], arguments.get("other", arguments.get("mat2"))
+    one, other = arguments["self"], arguments["other"] if "other" in arguments else arguments["mat2"]
     if one.dim() < 2 or other.dim() < 2:
         raise MixedError("a product with a vector")
     return _merged([_gathered(one, [-1], meetings), _gathered(other, [-2], meetings)], meetings)

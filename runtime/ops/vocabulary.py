@@ -47,8 +47,9 @@ def _require_words(found: int, num_words: int, axis: str, name: str) -> int:
     return first
 
 
-def _sum(x: Tensor, axis: str, how: str = "sum") -> Tensor:
-    return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), how, axis))  # type: ignore[no-any-return]
+def all_reduced(x: Tensor, axis: str, how: str = "sum") -> Tensor:
+    """The sum (or `max`) of `x` over the ranks of the axis."""
+    return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), how, axis))
 
 
 def _require_inside(words: Tensor, num_words: int, name: str) -> None:
@@ -127,10 +128,10 @@ def _losses(
     kept_N = targets != ignore_index
     _require_inside(targets[kept_N], num_classes, "cross_entropy_part")
     logits_NV = logits.to(wide(logits.dtype))
-    largest_N = _sum(_largest(logits_NV), axis, "max")
-    sums_N = _sum((logits_NV - largest_N.unsqueeze(1)).exp_().sum(1), axis)
+    largest_N = all_reduced(_largest(logits_NV), axis, "max")
+    sums_N = all_reduced((logits_NV - largest_N.unsqueeze(1)).exp_().sum(1), axis)
     total_N = sums_N.log() + largest_N
-    chosen_N = _sum(_chosen(logits_NV, targets, first), axis)
+    chosen_N = all_reduced(_chosen(logits_NV, targets, first), axis)
     return torch.where(kept_N, total_N - chosen_N, 0.0), total_N
 
 
@@ -177,7 +178,7 @@ def _logits_gradient(
     axis: str,
 ) -> Tensor:  # fmt: skip
     """(softmax - one hot) times the sum over ranks of what arrived, for this rank's words."""
-    grad_N1 = torch.where(targets != ignore_index, _sum(grad, axis), 0.0).unsqueeze(1)
+    grad_N1 = torch.where(targets != ignore_index, all_reduced(grad, axis), 0.0).unsqueeze(1)
     first, _ = _own(num_classes, axis)
     shares_NV = (logits.to(total.dtype) - total.unsqueeze(1)).exp_()
     if logits.shape[1]:
@@ -195,7 +196,7 @@ def _fake_logits_gradient(
 
 def _cross_entropy(logits: Tensor, targets: Tensor, num_classes: int, ignore_index: int, axis: str) -> Tensor:
     losses, _ = torch.ops.moec.cross_entropy_part_totals(logits, targets, num_classes, ignore_index, axis)
-    return losses  # type: ignore[no-any-return]
+    return losses
 
 
 # logits
@@ -207,7 +208,7 @@ def _gather(logits: Tensor, num_classes: int, axis: str) -> Tensor:
     longest = stretch(num_classes, ranks, 0)[1]
     padded = F.pad(logits, (0, longest - logits.shape[-1])).contiguous()
     gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(padded.flatten(), ranks, axis))
-    return gathered.view(ranks, *padded.shape).movedim(0, -2).flatten(-2)[..., :num_classes].contiguous()  # type: ignore[no-any-return]
+    return gathered.view(ranks, *padded.shape).movedim(0, -2).flatten(-2)[..., :num_classes].contiguous()
 
 
 def _fake_gather(logits: Tensor, num_classes: int, axis: str) -> Tensor:
@@ -229,7 +230,7 @@ def _sum_part(x: Tensor, held: int, axis: str) -> Tensor:
     longest = stretch(num_words, ranks, 0)[1]
     padded = F.pad(x, (0, ranks * longest - num_words)).unflatten(-1, (ranks, longest)).movedim(-2, 0)
     own = c10d.wait_tensor(c10d.reduce_scatter_tensor(padded.contiguous().flatten(), "sum", ranks, axis))
-    return own.view(padded.shape[1:])[..., :held].clone()  # type: ignore[no-any-return]
+    return own.view(padded.shape[1:])[..., :held].clone()
 
 
 def _fake_sum_part(x: Tensor, held: int, axis: str) -> Tensor:
@@ -238,7 +239,8 @@ def _fake_sum_part(x: Tensor, held: int, axis: str) -> Tensor:
 
 _LOSS = "Tensor logits, Tensor targets, int num_classes, int ignore_index, str axis"
 define(
-    "embedding_part(Tensor tokens, Tensor weight, int num_embeddings, str axis, int padding_idx=-1) -> Tensor",
+    "embedding_part(Tensor tokens, Tensor weight, int num_embeddings, str axis, int padding_idx=-1) "
+    "-> Tensor",
     _embedding, _fake_embedding,
 )  # fmt: skip
 define(
