@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.race import race
 
-_PACKAGES = ("torch", "transformers", "deepspeed", "moec")
+_PACKAGES = ("torch", "transformers", "deepspeed", "tutel", "moec")
 
 
 def describe() -> dict[str, object]:

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each round of one contender."""
+    """Seconds of each round of one contender, and what of them the processor was busy in this process.
+
+    The second is what remains comparable when others use the machine; it is summed over threads.
+    """
 
     name: str
     seconds: tuple[float, ...]
+    busy: tuple[float, ...] = ()
 
     @property
     def best(self) -> float:
@@ -26,19 +30,28 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def race(contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, Timing]:
-    """Run every contender `warm_up` times unmeasured, then `rounds` times each, taking turns."""
+def race(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 2,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Run every contender `warm_up` times unmeasured, then `rounds` times each, taking turns.
+
+    `before` is called ahead of every measured round, outside of its time.
+    """
     for run in contenders.values():
         for _ in range(warm_up):
             run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    rounds_of: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for round_ in range(rounds):
         for name in list(contenders)[:: 1 if round_ % 2 == 0 else -1]:
-            seconds[name].append(_seconds(contenders[name]))
-    return {name: Timing(name, tuple(times)) for name, times in seconds.items()}
+            before()
+            rounds_of[name].append(_seconds(contenders[name]))
+    return {name: Timing(name, *zip(*times, strict=True)) for name, times in rounds_of.items()}
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(run: Callable[[], object]) -> tuple[float, float]:
+    busy, start = time.process_time(), time.perf_counter()
     run()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy

@@ -1,0 +1,243 @@
+"""Training steps on two ranks of one thread, against expert parallelism of other libraries; float32, gloo.
+
+    python -m benchmarks.ranks [--rounds 15] [--only top-1] [--peers DIR]... [--out FILE.json]
+
+A step is forward, backward, and the sum of the gradients over the ranks. Every contender has the same
+weights and the same tokens on each rank, and its gradients are compared with ours first; ours are compared
+with those of the program in a single process. Contenders take turns in the same two processes; the time of a
+round is that of the slower rank. `--peers` names folders in which further libraries are found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import moec
+from benchmarks import machine
+from benchmarks.peers import MissingPeerError
+from benchmarks.race import Timing, race
+from benchmarks.rank_cases import CASES, Case, batch_of
+from benchmarks.rank_steps import Batch, Gradients, Step, difference, gradient_error, step_of_program
+from moec.program import Program
+from moec.runtime.mesh import connected
+
+RANKS = 2
+#: Largest gradient difference, relative to the largest gradient of a parameter, of the same function in fp32.
+SAME = 1e-4
+_CONSOLE = Console(width=130)
+
+
+@dataclass
+class Result:
+    """One case: times, gradient differences, who was missing, and the limit of this run in milliseconds."""
+
+    case: str
+    tokens_per_rank: int
+    times: dict[str, dict[str, float]] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    error_of_ours: dict[str, float] = field(default_factory=dict)
+    difference_to_ours: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    limit: dict[str, float] = field(default_factory=dict)
+
+
+def measure(case: Case, rounds: int, gflops: float) -> Result:
+    """Run one case; every rank calls it, and gets the same times."""
+    size, batch = case.size, batch_of(case.size)
+    torch.manual_seed(0)
+    dense = case.dense(size, size.hidden)
+    programs = {name: compiled(dense, table) for name, table in case.moe.items()}
+    reference = next(iter(programs.values()))
+    result = Result(case.name, size.tokens)
+    assert reference.layout is not None
+    with connected(reference.layout.mesh):
+        result.limit = limits(case, reference, batch, gflops)
+        steps = {name: _ours(name, program, batch, result) for name, program in programs.items()}
+        gradients = next(iter(steps.values())).gradients()
+        for name, make in case.peers(dense, reference, batch).items():
+            try:
+                steps[name] = make()
+            except MissingPeerError as reason:
+                result.missing[name] = str(reason)
+                continue
+            if name not in case.loose:
+                compare(name, steps[name], gradients, result)
+        if rounds:
+            result.times = _times(race(steps, rounds, before=dist.barrier))
+    return result
+
+
+def compiled(dense: nn.Module, moe: dict[str, Any]) -> Program:
+    """The sparse program on all ranks, its experts dealt out to them."""
+    ranks = dist.get_world_size()
+    plan = {"moe": moe, "parallel": {"expert": ranks}}
+    return moec.compile(dense, plan, world=ranks, verify="off").train()
+
+
+def _ours(name: str, program: Program, batch: Batch, result: Result) -> Step:
+    local = program.partition(dist.get_rank())
+    step = step_of_program(local, batch)
+    error = gradient_error(step, local, program, batch)
+    result.error_of_ours[name], result.losses[name] = error, step.total()
+    if error > SAME:
+        raise AssertionError(f"{name}: gradients differ from the single process by {error:.1e}")
+    return step
+
+
+def compare(name: str, step: Step, ours: Gradients, result: Result) -> None:
+    """Record how far a peer's gradients are from ours; raise where they are not the same."""
+    apart = difference(step.gradients(), ours)
+    result.difference_to_ours[name], result.losses[name] = apart, step.total()
+    if apart > SAME:
+        raise AssertionError(f"{name} and moec have gradients that differ by {apart:.1e}")
+
+
+def limits(case: Case, program: Program, batch: Batch, gflops: float) -> dict[str, float]:
+    """What a step costs at least here: its products at the measured peak, its messages as measured alone.
+
+    The products are those of a dense model of the same active width; a layer sends rows four times.
+    """
+    size = case.size
+    with FlopCounterMode(display=False) as counter:
+        twin = case.dense(size, size.hidden * case.top_k)
+        out = twin(batch.here.tokens)
+        (out if isinstance(out, torch.Tensor) else out.logits).sum().backward()
+    layers = len(program.moe_settings())
+    rows = torch.randn(size.tokens * case.top_k, size.width)
+    experts = {name for name in program.origins if program.origins[name].experts}
+    shared = sum(p.numel() for name, p in program.named_parameters() if name not in experts)
+    flat, received = torch.randn(shared), torch.empty_like(rows)
+    exchanges: dict[str, Callable[[], object]] = {
+        "all_to_all": lambda: dist.all_to_all_single(received, rows),
+        "all_reduce": lambda: dist.all_reduce(flat),
+    }
+    alone = {name: slower(timing).best * 1e3 for name, timing in race(exchanges, 9, 2, dist.barrier).items()}
+    gflop = counter.get_total_flops() / 1e9
+    ms = gflop / gflops * 1e3 + 4 * layers * alone["all_to_all"] + alone["all_reduce"]
+    return {
+        "gflop": round(gflop, 2),
+        "products_ms": round(gflop / gflops * 1e3, 2),
+        "all_to_all_ms": round(alone["all_to_all"], 3),
+        "all_to_alls": 4 * layers,
+        "all_to_all_gb_per_s": round(rows.nbytes / 2 / alone["all_to_all"] / 1e6, 3),
+        "all_reduce_ms": round(alone["all_reduce"], 3),
+        "all_reduce_mb": round(flat.nbytes / 1e6, 2),
+        "sum_ms": round(ms, 2),
+    }
+
+
+def slower(timing: Timing) -> Timing:
+    """The times of each round on the slower rank, and the processor time of all."""
+    seconds, busy = (torch.tensor(times, dtype=torch.float64) for times in (timing.seconds, timing.busy))
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    dist.all_reduce(busy)
+    return Timing(timing.name, tuple(seconds.tolist()), tuple(busy.tolist()))
+
+
+def _times(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
+    jobs = {name: slower(timing) for name, timing in timings.items()}
+    first = next(iter(jobs.values()))
+    return {
+        name: {
+            "min_ms": round(timing.best * 1e3, 2),
+            "median_ms": round(timing.median * 1e3, 2),
+            "min_ratio": round(timing.best / first.best, 3),
+            "median_ratio": round(timing.median / first.median, 3),
+            "busy_ms": round(min(timing.busy) * 1e3, 2),
+            "busy_ratio": round(min(timing.busy) / min(first.busy), 3),
+        }
+        for name, timing in jobs.items()
+    }
+
+
+def show(result: Result) -> None:
+    """Print one case as a table."""
+    title = f"{result.case}, {result.tokens_per_rank} tokens a rank"
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "",
+        "min ms",
+        "median ms",
+        "x min",
+        "x median",
+        "busy ms",
+        "x busy",
+        "of limit",
+        "gradients",
+    ):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in result.times.items():
+        keys = ("min_ms", "median_ms", "min_ratio", "median_ratio", "busy_ms", "busy_ratio")
+        cells = [f"{row[key]:.{1 if key.endswith('ms') else 2}f}" for key in keys]
+        table.add_row(name, *cells, f"{result.limit['sum_ms'] / row['min_ms']:.0%}", _exactness(name, result))
+    for name, reason in result.missing.items():
+        table.add_row(name, reason)
+    _CONSOLE.print(table)
+    _CONSOLE.print("limit:", result.limit)
+
+
+def _exactness(name: str, result: Result) -> str:
+    if name in result.error_of_ours:
+        return f"{result.error_of_ours[name]:.0e} from one process"
+    apart = result.difference_to_ours.get(name)
+    return "drops other tokens" if apart is None else f"{apart:.0e} from ours"
+
+
+def run_rank(rank: int, port: int, names: list[str], rounds: int, out: Path, peers: list[str]) -> None:
+    """One of the processes: joins the others, runs the cases; rank 0 prints and writes the record."""
+    place = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    sys.path.extend(peers)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    record: dict[str, Any] = {"command": f"python -m benchmarks.ranks {' '.join(sys.argv[1:])}".strip()}
+    record |= {"ranks": RANKS, "machine": machine.describe(), "peaks": machine.limits(), "cases": []}
+    gflops = torch.tensor(record["peaks"]["gflops"], dtype=torch.float64)
+    dist.all_reduce(gflops, dist.ReduceOp.MIN)
+    for name in names:
+        result = measure(CASES[name], rounds, float(gflops))
+        record["cases"].append(vars(result))
+        if rank == 0:
+            show(result)
+    if rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _CONSOLE.print(record["machine"], record["peaks"], f"written to {out}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Start the ranks."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=CASES, action="append")
+    parser.add_argument("--peers", action="append", default=[])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ranks.json"))
+    arguments = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = arguments.only or list(CASES)
+    mp.spawn(run_rank, (port, names, arguments.rounds, arguments.out, arguments.peers), nprocs=RANKS)
+
+
+if __name__ == "__main__":
+    main()
