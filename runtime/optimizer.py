@@ -128,7 +128,8 @@ class Optimizer:
             state = self.adamw.state[slot.owner]
             for key in keys.get(slot.name, ()):
                 value = read(slot.name, key)
-                if key == STEPS or slot.stop - slot.start == value.numel() == slot.owner.numel():
+                in_full = slot.stop - slot.start == slot.owner.numel() and value.shape == slot.owner.shape
+                if key == STEPS or in_full:
                     state[key] = value
                 else:
                     filled = state.setdefault(key, torch.zeros_like(slot.owner))

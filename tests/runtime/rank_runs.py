@@ -24,15 +24,15 @@ from tests.runtime.tiny import tiny_settings
 
 VOCABULARY = 256
 PYRAMID: dict[str, Any] = {
-    "layers": "1::2", "experts": 2, "top_k": 2, "residual": "learned",
+    "layers": "all", "experts": 2, "top_k": 2, "residual": "learned",
     "override": [{"layers": "-1:", "experts": 4}],
 }  # fmt: skip
 
 
 def small_gpt(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> GPT:
-    """Four layers, a few thousand weights; the same at every call."""
+    """Two layers, some thousand weights; the same at every call."""
     torch.manual_seed(0)
-    config = GPTConfig(vocab=VOCABULARY, seq=8, layers=4, width=24, heads=3, dropout=dropout)
+    config = GPTConfig(vocab=VOCABULARY, seq=8, layers=2, width=24, heads=3, dropout=dropout)
     return GPT(config).to(dtype)
 
 

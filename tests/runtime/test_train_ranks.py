@@ -35,7 +35,6 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "expert 2": (2, {"expert": 2}),
     "pyramid on 4": (4, {"expert": 4}),
     "slice 2": (4, {"expert": 2, "slice": 2}),
-    "tensor 3": (3, {"tensor": 3}),
     "tensor 3, data 2, expert 2": (6, {"tensor": 3, "expert": 2}),
 }
 
@@ -98,7 +97,7 @@ def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int, Train]:
     return plan(moe, expert=expert, slice=slices, tensor=tensor), world, step
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(runs())
 def test_any_plan_on_any_mesh(run: tuple[dict[str, Any], int, Train]) -> None:
     described, world, step = run
@@ -194,12 +193,12 @@ def errors_of(placed: Program, spoil: Any) -> list[TrainError]:
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all() -> None:
     def spoil(rank: int, local: Program) -> None:
         if rank == 1:
-            expert = dict(local.named_parameters())["moe_3.up.weight"]
+            expert = dict(local.named_parameters())["moe_1.up.weight"]
             expert.register_hook(lambda gradient: gradient / 0.0)
 
     placed = moec.compile(small_gpt(), plan(expert=4), world=4)
     for error in errors_of(placed, spoil):
-        assert error.where == "moe_3.up.weight"
+        assert error.where == "moe_1.up.weight"
         assert not math.isfinite(float(error.found.split()[-1]))
 
 
