@@ -11,14 +11,17 @@ READY   := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check format golden bench clean
+.PHONY: help demo demo-ranks test check format golden bench clean
 
 help:  ## Print this list
 	@echo "usage: make <command>"
-	@sed -n 's/^\([a-z]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(READY)  ## The main job: compile a GPT into a PR-MoE, train it, sample from it (about 5 minutes)
 	$(BIN)/python -m examples.demo
+
+demo-ranks: $(READY)  ## The same PR-MoE on 2 and 4 ranks of this machine: progress, loads, traffic (about 2 minutes)
+	$(BIN)/python -m examples.demo_ranks
 
 test: $(READY)  ## All tests that need no GPU (PROFILE=nightly: many more examples; JOBS=2 processes)
 	$(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=$(PROFILE) --timeout=$(TIMEOUT)
