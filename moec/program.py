@@ -22,6 +22,7 @@ from moec.runtime.trainable import LossTerms
 
 if TYPE_CHECKING:
     from moec.local_program import LocalProgram
+    from moec.simulation import Simulation
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 
@@ -150,6 +151,12 @@ class Program(ir.Program):
         from moec.local_program import partition
 
         return partition(self, rank)
+
+    def simulate(self, tokens: Tensor, targets: Tensor | None = None, **options: Any) -> Simulation:
+        """Run all ranks of this placed program in one process, and compare them with it (`moec.simulate`)."""
+        from moec.simulate import simulate
+
+        return simulate(self, tokens, targets, **options)
 
     def to_dtype(self, dtype: torch.dtype) -> Program:
         """A copy in another floating dtype, casts and constants included."""

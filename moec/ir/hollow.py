@@ -5,6 +5,7 @@ What a rank remembers of the whole program: its text, its stages, where its weig
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ def _hollow(module: fx.GraphModule, table: dict[int, Any]) -> fx.GraphModule:
 
 
 def _shell(module: nn.Module, table: dict[int, Any]) -> nn.Module:
-    made = module.__class__.__new__(module.__class__)
+    made = object.__new__(module.__class__)  # torch.fx would make a class of its own, without a forward
     made.__dict__ = dict(module.__dict__)
     made._parameters = {name: _hollow_weight(value, table) for name, value in module._parameters.items()}
     made._buffers = {name: _hollow_weight(value, table) for name, value in module._buffers.items()}
@@ -50,3 +51,9 @@ def _hollow_weight(value: Any, table: dict[int, Any]) -> Any:
         parameter = isinstance(value, nn.Parameter)
         table[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad) if parameter else empty
     return table[id(value)]
+
+
+def with_weights(module: fx.GraphModule, weights: Mapping[int, Tensor]) -> fx.GraphModule:
+    """A shell around the same graphs over other weights: `weights` says which, by the id of the present one;
+    any other becomes one on `meta`."""
+    return _hollow(module, dict(weights))

@@ -69,7 +69,7 @@ def _unshare(y: Tensor, num_rows: int, axis: str) -> Tensor:
 def _without_padding(all_RTD: Tensor, num_rows: int) -> Tensor:
     ranks = all_RTD.shape[0]
     if num_rows % ranks == 0:
-        return all_RTD.reshape(num_rows, -1)
+        return all_RTD.reshape(num_rows, all_RTD.shape[2])
     return torch.cat([all_RTD[i, : stretch(num_rows, ranks, i)[1]] for i in range(ranks)])
 
 
