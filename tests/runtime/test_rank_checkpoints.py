@@ -23,7 +23,7 @@ from moec.runtime.ranks import Ranks
 from moec.runtime.records import read_records
 from moec.runtime.simulated import run_ranks
 from moec.runtime.train import TrainResult
-from tests.runtime.rank_runs import PYRAMID, plan, small_gpt, train_on
+from tests.runtime.rank_runs import PYRAMID, plan, small_gpt, train, train_on
 from tests.runtime.tiny import tiny_text
 
 
@@ -106,7 +106,8 @@ def test_what_cannot_be_resumed_on_another_mesh(data: TextData, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["parameters-00001.safetensors", "optimizer-00000.safetensors"])
 def test_a_damaged_shard_is_named_by_every_rank(data: TextData, tmp_path: Path, name: str) -> None:
-    model, how = small_gpt(), {"steps": 2, "save_every": 1, "eval_every": 0}
+    model = small_gpt()
+    how: dict[str, Any] = {"steps": 2, "save_every": 1, "eval_every": 0}
     placed = moec.compile(model, plan(expert=2), world=2)
     assert placed.layout is not None
     train_on(2, model, plan(expert=2), data, tmp_path / "run", **how)
@@ -116,14 +117,10 @@ def test_a_damaged_shard_is_named_by_every_rank(data: TextData, tmp_path: Path, 
     path.write_bytes(bytes(spoilt))
 
     def told(rank: int) -> MoecError:
+        local = placed.partition(rank)
         with pytest.raises(ArtifactError) as caught:
-            train_on_rank(rank)
+            train(local, data, tmp_path / "run", resume=True, **how)
         return caught.value
-
-    def train_on_rank(rank: int) -> None:
-        from tests.runtime.rank_runs import train
-
-        train(placed.partition(rank), data, tmp_path / "run", resume=True, **how)  # type: ignore[arg-type]
 
     for error in run_ranks(placed.layout.mesh, told):
         assert error.where == str(path)
@@ -223,9 +220,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     tries = [line.split() for line in done.stdout.splitlines()]
     killed, finished = tries[:-1], tries[-1]
-    assert (
-        len(killed) >= 12
-    )  # four tensor files, the manifest, folders synced, the rename, the old one removed
+    # four tensor files, the manifest, the folders synced, the rename, the old checkpoint removed
+    assert len(killed) >= 12
     assert all(signalled == "True" and whole == "True" for signalled, _, whole in killed)
     assert {step for _, step, _ in killed} == {"1", "2"}  # before the rename, and after it
     assert finished == ["False", "2", "True"]
