@@ -8,6 +8,7 @@ new sizes: it has to give the rank's part of what it gave on the whole.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,8 +180,9 @@ class _Dealing:
         whole = self.channels.ids[node].shape
         found = []
         for operand in node.all_input_nodes:
-            shape = self.channels.inputs.get(operand)
-            for dim, size in enumerate(shape if isinstance(shape, tuple) else ()):
+            known = self.channels.inputs.get(operand)
+            shape = known if isinstance(known, tuple) else ()
+            for dim, size in enumerate(shape):
                 along = dim - len(shape)
                 divided = along < -inner and len(boxes[0][along]) < whole[along]
                 if divided and size > 1:
@@ -256,12 +258,8 @@ class _Dealing:
 
 def _box(here: Tensor, node: fx.Node) -> Box:
     """The indices along each dim where `here` holds; `MixedError` when that is no box."""
-    indices = here.nonzero()
-    box = [indices[:, dim].unique() for dim in range(here.dim())]
-    volume = 1
-    for along in box:
-        volume *= len(along)
-    if volume != len(indices):
+    box = [here.movedim(dim, 0).flatten(1).any(1).nonzero().flatten() for dim in range(here.dim())]
+    if math.prod(map(len, box)) != int(here.sum()):
         raise MixedError(f"the channels of one rank are no box of `{node.name}`")
     return box
 

@@ -11,18 +11,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from moec.ir import regions
 from moec.ir.graphs import attribute, named_weights, weight_of
 from moec.ir.mesh import TENSOR
 from moec.ir.patterns import is_call, tensor
 from moec.ir.placement import Split
 
 from .carry_ids import MixedError, aten
-from .channels import Sample, arguments_of, find_channels, matrix_of, sample_of
-from .deal_channels import Deal, deal
+from .channels import arguments_of, matrix_of
+from .deal_channels import Deal
+from .deal_regions import deal_regions
 from .vocabulary_sites import embeddings, head, require_plain
-
-KINDS = ("attention", "ffn", "branch")
 
 
 @dataclass(frozen=True)
@@ -33,17 +31,6 @@ class Site:
     name: str
     splits: Mapping[str, Split]
     said: Mapping[fx.Node, str] = field(default_factory=dict)
-
-
-def dense_regions(root: fx.GraphModule) -> dict[str, fx.GraphModule]:
-    """The attentions and dense feed-forwards of a root graph, in calling order."""
-    return {name: module for name, module in regions(root).items() if name.partition("_")[0] in KINDS}
-
-
-def dealt(module: fx.GraphModule, sample: Sample, ranks: int) -> Deal | str:
-    """How a region is dealt out to `ranks` ranks; the reason where it is not."""
-    channels = find_channels(module, sample)
-    return channels if isinstance(channels, str) else deal(module, channels, ranks)
 
 
 def dense_sites(root: fx.GraphModule, ranks: int) -> tuple[list[Site], dict[str, str]]:
@@ -60,9 +47,8 @@ def dense_sites(root: fx.GraphModule, ranks: int) -> tuple[list[Site], dict[str,
 
 
 def _candidates(root: fx.GraphModule, ranks: int) -> Iterator[tuple[str, Site | str]]:
-    sample = sample_of(root)
-    for name, module in dense_regions(root).items():
-        yield name, _region_site(name, dealt(module, sample, ranks))
+    for name, found in deal_regions(root, ranks).items():
+        yield name, _region_site(name, found)
     for node in embeddings(root):
         yield node.name, _embedding_site(root, node, ranks)
     yield "the head", _head_site(root, ranks)

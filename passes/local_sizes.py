@@ -20,7 +20,7 @@ Box = list[Tensor]
 """The indices along each dim at which a part of a value lies, i64 [n] each."""
 
 # The argument that spells the sizes of the result.
-SIZES = {
+SIZES: dict[Any, str] = {
     aten.reshape.default: "shape", aten.unflatten.int: "sizes", aten.expand.default: "size",
     aten.broadcast_to.default: "size",
 }  # fmt: skip

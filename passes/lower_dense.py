@@ -36,9 +36,9 @@ from moec.ir.local import hold_parts
 from moec.ir.mesh import TENSOR
 from moec.ir.placement import Layout
 
-from .channels import Sample, arguments_of, sample_of
+from .channels import arguments_of
 from .deal_channels import Deal, Part
-from .dense_sites import dealt, dense_regions
+from .deal_regions import deal_regions, dense_regions
 from .local_sizes import Fraction
 from .place_dense import tensor_weights
 from .vocabulary_sites import embeddings, padding_of
@@ -60,23 +60,22 @@ class LowerDense(Pass):
         held = tensor_weights(layout)
         if layout.mesh.tensor == 1 or not held:
             return program
-        sample = sample_of(program.graph)
+        found = deal_regions(program.graph, layout.mesh.tensor)
         for name, module in dense_regions(program.graph).items():
             if any(weight.startswith(f"{name}.") for weight in held):
-                _lower_region(name, module, sample, layout.mesh.tensor)
+                _lower_region(name, module, found[name])
         _lower_embeddings(program.graph, layout)
         hold_parts(program.graph, layout, self.rank, held)
         return program
 
 
-def _lower_region(name: str, module: fx.GraphModule, sample: Sample, ranks: int) -> None:
-    found = dealt(module, sample, ranks)
+def _lower_region(name: str, module: fx.GraphModule, found: Deal | str) -> None:
     if isinstance(found, str):
         raise PassError(f"lower_dense: {name}", found, "the region that place_dense dealt out")
     for node, changed in found.arguments.items():
         _change(node, changed)
     for user, parts in _by_user(found).items():
-        _take_parts(user, parts, ranks)
+        _take_parts(user, parts, found.ranks)
     for node, text in found.placements.items():
         node.meta["placement"] = text
     _add_up(next(iter(reversed(module.graph.nodes))).args[0])

@@ -99,7 +99,7 @@ def seen_inputs(program: Program, region: fx.GraphModule) -> list[object]:
     return seen
 
 
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 10)
 @given(decoders())
 def test_channels_are_what_depends_on_one_another(recipe: DecoderRecipe) -> None:
     recipe = replace(recipe.without_dropout(), num_layers=1)
