@@ -19,6 +19,7 @@ from moec.runtime import checkpoint as checkpoint_module
 from moec.runtime import train as train_module
 from moec.runtime.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from moec.runtime.data import TextData
+from moec.runtime.interrupt import Interrupt
 from moec.runtime.ranks import Ranks
 from moec.runtime.records import read_records
 from moec.runtime.simulated import run_ranks
@@ -231,7 +232,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 def test_an_interrupt_of_one_rank_saves_on_all(
     data: TextData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Second(train_module.Interrupt):
+    class Second(Interrupt):
         """Interrupts the rank that enters second, before its third step."""
 
         entered = 0
