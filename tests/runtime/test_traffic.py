@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from moec.ir.mesh import Mesh
 from moec.runtime.predicted_traffic import compared, predict_traffic
 from moec.runtime.simulated import run_ranks
 from moec.runtime.traffic import Kind, Sent, Traffic, count_traffic, summed
-from tests.runtime.collectives import C10D, wait
+from tests.runtime.collectives import C10D, every_collective, wait
+from tests.runtime.ranks import run_processes
 
 
 def traffic_of(mesh: Mesh, function: Callable[[int], object]) -> list[Traffic]:
@@ -72,6 +74,20 @@ def test_inside_a_kernel_and_in_both_directions() -> None:
     assert second.sent == {there: Sent(1, 1, 3 * 8), back: Sent(1, 1, 2 * 8)}
 
 
+def test_processes_are_counted_as_threads_are() -> None:
+    assert run_processes(Mesh(data=2), everything) == run_ranks(Mesh(data=2), everything)
+
+
+def everything(rank: int) -> list[list[object]]:
+    """The traffic of every collective and of an operator that communicates inside, forward and backward."""
+    with count_traffic() as traffic:
+        every_collective("data", rank, torch.ones(4, 3))
+        x = torch.ones(5, 2, requires_grad=True)
+        torch.ops.moec.unshare(torch.ops.moec.share(x, "data"), 5, "data").sum().backward()
+    assert traffic.total.bytes > 0
+    return traffic.to_json()
+
+
 def test_traffic_as_plain_data_and_in_sum() -> None:
     both = traffic_of(Mesh(data=2), lambda rank: wait(C10D.all_reduce(torch.ones(3), "sum", "data")))
     assert Traffic.of_json(both[0].to_json()).sent == both[0].sent
@@ -85,7 +101,7 @@ def small(**sizes: int) -> nn.Module:
     return GPT(GPTConfig(**config, dropout=0.0))
 
 
-PLANS = {
+PLANS: dict[str, dict[str, Any]] = {
     "flat": {"experts": 4, "top_k": 2, "capacity_factor": 1.0},
     "dropless": {"experts": 6, "top_k": 1},
     "pyramid": {"experts": 2, "override": [{"layers": "-1:", "experts": 8}]},

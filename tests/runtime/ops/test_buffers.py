@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -163,3 +164,25 @@ def test_a_weight_used_twice_adds_both_gradients(layer: Callable[[], tuple[Tenso
     _, second = layer()
     (first + second).backward()
     torch.testing.assert_close(weight.grad, 2 * needed)
+
+
+def test_threads_never_share_memory(buffers: KeptBuffers) -> None:
+    """Four threads take, fill, and drop at the same time; nobody writes where another still reads."""
+    begin, spoiled = threading.Barrier(4), []
+
+    def work(mine: float) -> None:
+        held: list[Tensor] = []
+        begin.wait()
+        for step in range(300):
+            held.append(take(buffers).fill_(mine))
+            if any(bool((tensor != mine).any()) for tensor in held):
+                spoiled.append(mine)
+            del held[: step % 3]
+
+    threads = [threading.Thread(target=work, args=(float(index),)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not spoiled
+    assert buffers.num_bytes() < 4 * 300 * SHAPE[0] * SHAPE[1] * SHAPE[2] * 4 / 10  # most of it was reused
