@@ -13,6 +13,7 @@ from .drop_noops import DropNoops
 from .functionalize_writes import FunctionalizeWrites
 from .group_heads import GroupHeads
 from .lift_experts import LiftExperts
+from .lower_dense import LowerDense
 from .lower_experts import LowerExperts
 from .merge_equal_values import MergeEqualValues
 from .name_values import NameValues
@@ -21,6 +22,7 @@ from .outline_attention import OutlineAttention
 from .outline_feed_forwards import OutlineFeedForwards
 from .outline_positions import OutlinePositions
 from .overlap_exchanges import OverlapExchanges
+from .place_dense import PlaceDense
 from .place_experts import PlaceExperts
 from .spell_activations import SpellActivations
 from .spell_attention import SpellAttention
@@ -67,9 +69,9 @@ def pipeline(plan: Plan, world: int = 1) -> list[Pass]:
 
 def placed(plan: Plan, world: int) -> list[Pass]:
     """sparse → placed: where everything lies on `world` ranks; nothing for a single rank."""
-    return [ArrangeRanks(plan, world), PlaceExperts()] if world > 1 else []
+    return [ArrangeRanks(plan, world), PlaceDense(), PlaceExperts()] if world > 1 else []
 
 
 def partitioned(rank: int) -> list[Pass]:
     """placed → partitioned: the program of one rank, its communication spelled out."""
-    return [LowerExperts(rank), OverlapExchanges()]
+    return [LowerDense(rank), LowerExperts(rank), OverlapExchanges()]
