@@ -95,7 +95,8 @@ class Trainer:
         self.console = (console or Console()) if self._ranks.is_first else Console(quiet=True)
         self._result = TrainResult()
         self._position, self._saved_step = 0, -1
-        self._ranks.require_alike({name: str(value) for name, value in self._identity().items()})
+        facts = {**self._identity(), "settings": settings.model_dump_json()}
+        self._ranks.require_alike({name: str(value) for name, value in facts.items()})
         self._require_fitting_data()
 
     @property
