@@ -16,6 +16,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -158,7 +159,8 @@ def transformers(dense: nn.Module, program: Program, implementation: str) -> nn.
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed.expert_parallel import apply_expert_parallelism
 
-    model, plan = qwen3_moe(dense, program, implementation), {}
+    model = qwen3_moe(dense, program, implementation)
+    plan: dict[str, str] = {}
     for layer in expert_layers(program):
         experts = f"{layer.path}.experts"
         plan |= {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
@@ -176,10 +178,11 @@ def transformers_fsdp(dense: nn.Module, program: Program, directory: str) -> nn.
     if importlib.util.find_spec("accelerate") is None:
         raise MissingPeerError("needs accelerate: pip install accelerate")
     from transformers import Qwen3MoeForCausalLM
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     if dist.get_rank() == 0:
-        qwen3_moe(dense, program, "grouped_mm").save_pretrained(directory)
+        whole: Any = qwen3_moe(dense, program, "grouped_mm")
+        whole.save_pretrained(directory)
     dist.barrier()
     ranks = dist.get_world_size()
     config = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="all_to_all")
@@ -203,7 +206,6 @@ def qwen3_moe(dense: nn.Module, program: Program, implementation: str) -> nn.Mod
         num_experts=stack.shape[0],
         num_experts_per_tok=layers[0].top_k,
         norm_topk_prob=True,
-        experts_implementation=implementation,
     )
     model = Qwen3MoeForCausalLM(config)
     model.set_experts_implementation(implementation)

@@ -15,17 +15,18 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moec
@@ -170,18 +171,10 @@ def show(result: Result) -> None:
     """Print one case as a table."""
     title = f"{result.case}, {result.tokens_per_rank} tokens a rank"
     table = Table(title=title, title_justify="left")
-    for column in (
-        "",
-        "min ms",
-        "median ms",
-        "x min",
-        "x median",
-        "busy ms",
-        "x busy",
-        "of limit",
-        "gradients",
-    ):
-        table.add_column(column, justify="right" if column else "left")
+    columns = "min ms, median ms, x min, x median, busy ms, x busy, of limit, gradients"
+    table.add_column()
+    for column in columns.split(", "):
+        table.add_column(column, justify="right")
     for name, row in result.times.items():
         keys = ("min_ms", "median_ms", "min_ratio", "median_ratio", "busy_ms", "busy_ratio")
         cells = [f"{row[key]:.{1 if key.endswith('ms') else 2}f}" for key in keys]
@@ -199,29 +192,44 @@ def _exactness(name: str, result: Result) -> str:
     return "drops other tokens" if apart is None else f"{apart:.0e} from ours"
 
 
-def run_rank(rank: int, port: int, names: list[str], rounds: int, out: Path, peers: list[str]) -> None:
-    """One of the processes: joins the others, runs the cases; rank 0 prints and writes the record."""
-    place = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "MASTER_PORT": port}
+@contextmanager
+def joined(rank: int, port: int, ranks: int = RANKS) -> Iterator[None]:
+    """Inside, this process is one of `ranks` of one thread that meet at `port` of this machine."""
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-    sys.path.extend(peers)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    record: dict[str, Any] = {"command": f"python -m benchmarks.ranks {' '.join(sys.argv[1:])}".strip()}
-    record |= {"ranks": RANKS, "machine": machine.describe(), "peaks": machine.limits(), "cases": []}
-    gflops = torch.tensor(record["peaks"]["gflops"], dtype=torch.float64)
-    dist.all_reduce(gflops, dist.ReduceOp.MIN)
-    for name in names:
-        result = measure(CASES[name], rounds, float(gflops))
-        record["cases"].append(vars(result))
-        if rank == 0:
-            show(result)
-    if rank == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        _CONSOLE.print(record["machine"], record["peaks"], f"written to {out}")
+    yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_rank(rank: int, port: int, names: list[str], rounds: int, out: Path, peers: list[str]) -> None:
+    """One of the processes: joins the others, runs the cases; rank 0 prints and writes the record."""
+    sys.path.extend(peers)
+    with joined(rank, port):
+        record: dict[str, Any] = {"command": f"python -m benchmarks.ranks {' '.join(sys.argv[1:])}".strip()}
+        record |= {"ranks": RANKS, "machine": machine.describe(), "peaks": machine.limits(), "cases": []}
+        gflops = torch.tensor(record["peaks"]["gflops"], dtype=torch.float64)
+        dist.all_reduce(gflops, dist.ReduceOp.MIN)
+        for name in names:
+            result = measure(CASES[name], rounds, float(gflops))
+            record["cases"].append(vars(result))
+            if rank == 0:
+                show(result)
+        if rank == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            _CONSOLE.print(record["machine"], record["peaks"], f"written to {out}")
 
 
 def main() -> None:
@@ -232,11 +240,8 @@ def main() -> None:
     parser.add_argument("--peers", action="append", default=[])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ranks.json"))
     arguments = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     names = arguments.only or list(CASES)
-    mp.spawn(run_rank, (port, names, arguments.rounds, arguments.out, arguments.peers), nprocs=RANKS)
+    spawn(run_rank, (free_port(), names, arguments.rounds, arguments.out, arguments.peers), nprocs=RANKS)
 
 
 if __name__ == "__main__":
