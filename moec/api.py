@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from moec.capture import capture
 from moec.errors import PlanError
-from moec.passes.pipeline import pipeline
+from moec.passes.pipeline import pipeline, placed
 from moec.passes.runner import Runner
 from moec.plan import Plan
 from moec.program import Program
@@ -71,6 +71,20 @@ def world_of(plan: Plan, asked: int | None = None) -> int:
         return int(launched)
     experts = parallel.expert if plan.moe is not None else 1
     return math.lcm(parallel.tensor, parallel.slice * experts)
+
+
+def place(program: Program, world: int) -> Program:
+    """The same program on `world` ranks, by its plan's `[parallel]`, wherever it was placed before.
+
+    `program` stays as it is. Raises `PlanError` when the plan's axes do not divide the world.
+    """
+    bare = program.fork()
+    bare.layout = None
+    for module in bare.graph.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            node.meta.pop("placement", None)
+    done = Runner(verify="off").run(bare, placed(program.plan or Plan(), world))
+    return Program.of(done, backend=program.backend).train(program.training)
 
 
 def _verify(asked: str | bool | None, plan: Plan) -> str:

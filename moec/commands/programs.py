@@ -6,10 +6,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 import moec
+from moec.api import place
 from moec.errors import ArtifactError, PlanError
+from moec.local_program import LocalProgram, load_local
 from moec.models import is_saved_program, open_model
 from moec.plan import Plan
 from moec.program import Program
+from moec.runtime.manifest import read_manifest
+from moec.runtime.manifest_records import layout_of
 
 
 def compiled(
@@ -47,6 +51,23 @@ def program_of(
     except ArtifactError as error:
         better = error.nearest.replace("trust=True", "--trust")  # the same thing in the words of this door
         raise ArtifactError(error.where, error.found, error.needed, better) from error
+
+
+def part_of(
+    name: str, plan: str | None, rank: int, world: int, *, verify: str | None = None, trust: bool = False
+) -> LocalProgram:
+    """What `rank` of `world` holds of the program that `program_of` gives.
+
+    A saved program that was placed on as many ranks is read part by part; any other is made whole first.
+    """
+    if is_saved_program(name) and plan is None:
+        layout = layout_of(read_manifest(Path(name), trust=trust))
+        if layout is not None and layout.mesh.world == world:
+            return load_local(name, rank, trust=trust)
+        whole = place(program_of(name, trust=trust), world)
+    else:
+        whole = program_of(name, plan, verify=verify, trust=trust, world=world)
+    return whole.partition(rank)
 
 
 def shown_path(path: str | Path) -> str:

@@ -32,11 +32,12 @@ from moec.commands.learn import (
     training_settings,
     words,
 )
-from moec.commands.programs import program_of
+from moec.commands.programs import part_of
 from moec.commands.screen import show_error
 from moec.errors import MeshError, MoecError, PlanError, RankError
 from moec.ir.mesh import Mesh
 from moec.local_program import LocalProgram
+from moec.models import is_saved_program
 from moec.passes.arrange_ranks import data_size
 from moec.plan import Plan, Train
 from moec.runtime.checkpoint import latest_checkpoint
@@ -78,6 +79,8 @@ def _train_on_ranks(run: Run, nproc: int) -> int:
 def _refuse_early(run: Run, nproc: int) -> None:
     """Mistakes that need no processes to be seen."""
     require_right_folder(run)
+    if is_saved_program(run.model):
+        return  # its plan lies with it
     plan = Plan.resolve(run.plan)
     settings = training_settings(plan.train, run.changed)
     data = data_size(plan.parallel, nproc)
@@ -105,14 +108,11 @@ class _RankOfJob:
 
     def _train(self) -> int:
         run = self.run
-        plan = Plan.resolve(run.plan)
-        settings = training_settings(plan.train, run.changed)
         with connected(Mesh(data=self.place.world)):
-            agree("plan", plan.to_toml())
-            agree("settings", str(settings))
             agree("model", run.model)
-        resume = self._resumes()
-        local = self._local_program(plan)
+            agree("plan", Plan.resolve(run.plan).to_toml())
+        resume, local = self._resumes(), self._part()
+        settings = training_settings((local.plan or Plan()).train, run.changed)
         require_room(local, settings)
         result = self._learn(local, settings, resume)
         return finish(run, result) if self.place.rank == 0 else INTERRUPTED * result.interrupted
@@ -124,15 +124,12 @@ class _RankOfJob:
         require_right_folder(self.run)
         return self.run.resume
 
-    def _local_program(self, plan: Plan) -> LocalProgram:
+    def _part(self) -> LocalProgram:
         """This rank's part. All compile the whole; rank 0 alone proves it, once, for all the same."""
-        verify = None if self.place.rank == self.place.restarts == 0 else "off"
-        program = program_of(
-            self.run.model, self.run.plan, verify=verify, trust=self.run.trust, world=self.place.world
-        )
-        local = program.partition(self.place.rank)
-        del program
-        gc.collect()
+        run, place = self.run, self.place
+        verify = None if place.rank == place.restarts == 0 else "off"
+        local = part_of(run.model, run.plan, place.rank, place.world, verify=verify, trust=run.trust)
+        gc.collect()  # the whole goes before training needs the room
         return local
 
     def _learn(self, local: LocalProgram, settings: Train, resume: bool) -> TrainResult:
@@ -141,6 +138,7 @@ class _RankOfJob:
         data = load_text(*run.data, sequence=settings.sequence, vocabulary=run.tokenizer or "bytes")
         with ExitStack() as stack:
             stack.enter_context(connected(mesh, timeout=timedelta(seconds=2 * limit)))
+            agree("settings", str(settings))
             stack.enter_context(watched_axes([axis for axis, n in mesh.axes().items() if n > 1], self.trail))
             if local.backend == "eager":  # a compiled graph has no hooks
                 stack.enter_context(self.trail.follow(local.graph))

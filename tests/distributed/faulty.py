@@ -24,7 +24,7 @@ def _fail_on_the_way() -> None:
             os.kill(os.getpid(), signal.Signals[os.environ["FAULT_SIGNAL"]])
         enter(trail, axis, op)
 
-    Trail.enter = faulty
+    Trail.enter = faulty  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
