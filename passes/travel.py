@@ -96,7 +96,10 @@ class _Lowering:
         with self.graph.inserting_before(counts.next):
             if table.args[2] or table.args[3]:
                 return self._admit(table, counts)
-            total = self._await("total", c10d.all_reduce.default, counts, "sum", self.tokens_axis)
+            args = (counts, "sum", self.tokens_axis)
+            started = self._call("total_started", c10d.all_reduce.default, *args)
+        with self.graph.inserting_before(self._find(ops.balance_loss.default)):  # nobody needs it before
+            total = self._call("total", c10d.wait_tensor.default, started)
         self._give_back(total)
         return total
 
