@@ -253,3 +253,29 @@ def test_torchrun_starts_the_same_job(undisturbed: Path, tmp_path: Path) -> None
     with Job(tmp_path, module=torchrun) as job:
         job.succeed()
     assert curve(job.run) == curve(undisturbed)
+
+
+@pytest.mark.nightly
+def test_two_machines_start_again_together(undisturbed: Path, tmp_path: Path) -> None:
+    """Two launchers of one rank each, as on two machines, that count restarts on their own.
+
+    Reason to be nightly: the launchers wait for each other for half a minute and more.
+    """
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "two"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--max-restarts",
+        "3",
+    ]
+    module = [*torchrun, *rendezvous, "-m", "moec"]
+    with Job(tmp_path, module=module) as one, Job(tmp_path, module=module) as other:
+        one.reach(13)
+        os.kill(other.ranks()[-1], signal.SIGKILL)
+        ends = [job.end() for job in (one, other)]
+    assert [status for status, *_ in ends] == [0, 0], ends
+    assert curve(one.run) == curve(undisturbed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from datetime import timedelta
 from typing import Any
@@ -18,7 +19,7 @@ from moec.plan import Plan
 from moec.runtime.diagnosis import Diagnosis, Post
 from moec.runtime.launch import Place, place_of
 from moec.runtime.recompute import recomputing
-from moec.runtime.rendezvous import _gather
+from moec.runtime.rendezvous import _gather, meet
 from moec.runtime.simulated import run_ranks
 from moec.runtime.trail import Trail, watched_axes
 from moec.runtime.verdict import Verdict, name_ranks
@@ -250,6 +251,25 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     gathered(store, 3)  # its names are of another time
     with pytest.raises(MeshError, match="no word from rank 1, 2"):
         _gather(store, 0, 3, timedelta(seconds=0.3))
+
+
+def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in {**there, "RANK": "0", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(MeshError, match="the port is in use"):
+            meet(patience=timedelta(seconds=5))
+
+
+def test_an_address_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for name, value in {**there, "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MeshError, match=r"rank 1, rendezvous at 127\.0\.0\.1:9"):
+        meet(patience=timedelta(seconds=1))
 
 
 # the environment
