@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,16 @@ from moec.passes.lower_dense import LowerDense
 from moec.passes.place_dense import PlaceDense, logits_split
 from moec.passes.runner import Runner
 from moec.runtime.simulated import run_ranks
+from moec.testing import DecoderRecipe
+from moec.testing.recipe import LogitsOnly
 
 RUNNER = Runner(verify="off")
+
+
+@cache
+def program_of(recipe: DecoderRecipe) -> Program:
+    """The dense program of a recipe's model, made once; nobody changes it."""
+    return structured(LogitsOnly(recipe, recipe.build(dtype=torch.float64)))
 
 
 def structured(model: nn.Module) -> Program:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -19,15 +18,9 @@ from moec.passes.deal_channels import Deal, blocks_of, deal
 from moec.testing import DecoderRecipe, decoders
 from moec.testing.parts.attention import AttentionRecipe, Qkv
 from moec.testing.parts.feed_forward import FeedForwardRecipe, Fused
-from moec.testing.recipe import LogitsOnly
-from tests.passes.tensor_ranks import structured
+from tests.passes.tensor_ranks import program_of, structured
 
 aten = torch.ops.aten
-
-
-@cache
-def program_of(recipe: DecoderRecipe) -> Program:
-    return structured(LogitsOnly(recipe, recipe.build()))
 
 
 def region_of_kind(program: Program, kind: str) -> fx.GraphModule:
@@ -103,7 +96,7 @@ def seen_inputs(program: Program, region: fx.GraphModule) -> list[object]:
 @given(decoders())
 def test_channels_are_what_depends_on_one_another(recipe: DecoderRecipe) -> None:
     recipe = replace(recipe.without_dropout(), num_layers=1)
-    program = structured(LogitsOnly(recipe, recipe.build(dtype=torch.float64)))
+    program = program_of(recipe)
     for kind in ("attention", "ffn"):
         region = region_of_kind(program, kind)
         channels = find_channels(region, sample_of(program.graph))

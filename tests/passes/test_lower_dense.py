@@ -15,15 +15,14 @@ from torch import fx, nn
 
 import moec.runtime.ops  # noqa: F401
 from moec.errors import PlanError
-from moec.ir import Program, regions
+from moec.ir import regions
 from moec.ir.graphs import named_weights
 from moec.passes import lower_dense
 from moec.testing import DecoderRecipe, assert_golden, decoders
 from moec.testing.parts.attention import AttentionRecipe
 from moec.testing.parts.feed_forward import FeedForwardRecipe
-from moec.testing.recipe import LogitsOnly
 from tests.capture.families import FAMILIES, VOCABULARY
-from tests.passes.tensor_ranks import assert_same_on_ranks, lowered, placed, structured
+from tests.passes.tensor_ranks import assert_same_on_ranks, lowered, placed, program_of, structured
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GROUPED = DecoderRecipe(
@@ -31,10 +30,6 @@ GROUPED = DecoderRecipe(
     attention=AttentionRecipe(num_heads=4, num_kv_heads=2, qkv="split", bias=False),
     ffn=FeedForwardRecipe(hidden=6, gating="fused", activation="silu"), norm=DecoderRecipe().norm,
 )  # fmt: skip
-
-
-def program_of(recipe: DecoderRecipe) -> Program:
-    return structured(LogitsOnly(recipe, recipe.build()))
 
 
 @settings(max_examples=settings.default.max_examples // 10)

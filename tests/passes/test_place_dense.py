@@ -16,13 +16,12 @@ from moec.passes.place_dense import PlaceDense, logits_split
 from moec.testing import DecoderRecipe
 from moec.testing.parts.attention import AttentionRecipe
 from moec.testing.parts.feed_forward import FeedForwardRecipe
-from moec.testing.recipe import LogitsOnly
-from tests.passes.tensor_ranks import RUNNER, placed, structured
+from tests.passes.tensor_ranks import RUNNER, placed, program_of, structured
 
 
-def program_of(**fields: object) -> Program:
-    recipe = DecoderRecipe(**{"num_layers": 2, **fields})
-    return structured(LogitsOnly(recipe, recipe.build()))
+def decoder(**fields: object) -> Program:
+    """The program of a decoder of two layers."""
+    return program_of(DecoderRecipe(**{"num_layers": 2, **fields}))
 
 
 def notes(program: Program) -> list[str]:
@@ -37,7 +36,7 @@ def layout_of(program: Program) -> Layout:
 
 
 def test_everything_that_can_be_dealt_out() -> None:
-    program = placed(program_of(ffn=FeedForwardRecipe(hidden=16), head_bias=True), 2)
+    program = placed(decoder(ffn=FeedForwardRecipe(hidden=16), head_bias=True), 2)
     layout = layout_of(program)
     shown = {name: str(placement) for name, placement in layout.placements.items() if "1." not in name}
     assert shown == {
@@ -60,7 +59,7 @@ def test_everything_that_can_be_dealt_out() -> None:
 
 
 def test_what_is_printed_beside_values() -> None:
-    program = placed(program_of(), 2)
+    program = placed(decoder(), 2)
     (region, *_) = regions(program.graph, "attention").values()
     said = {node.name: node.meta["placement"] for node in region.graph.nodes if "placement" in node.meta}
     assert said["q"] == "dim 2 over tensor"
@@ -70,13 +69,13 @@ def test_what_is_printed_beside_values() -> None:
 
 
 def test_one_tensor_rank_leaves_everything_whole() -> None:
-    program = placed(program_of(), 1)
+    program = placed(decoder(), 1)
     assert layout_of(program).placements == {}
     assert logits_split(program) is None
 
 
 def test_other_placements_stay() -> None:
-    program = program_of()
+    program = decoder().fork()
     there = {"moe_7.up.weight": Placement((Split(0, "expert_2", 2, (4,)),), "expert_data_2")}
     program.layout = Layout(Mesh(1, 2), there, {"moe_7.up.weight": (4, 3, 3)})
     layout = layout_of(RUNNER.run(program, [PlaceDense()]))
@@ -87,7 +86,7 @@ def test_other_placements_stay() -> None:
 
 def test_what_cannot_be_dealt_out_evenly_is_noted_with_its_reason() -> None:
     program = placed(
-        program_of(
+        decoder(
             attention=AttentionRecipe(num_heads=4, num_kv_heads=4), ffn=FeedForwardRecipe(hidden=16)
         ), 3,
     )  # fmt: skip
@@ -99,7 +98,7 @@ def test_what_cannot_be_dealt_out_evenly_is_noted_with_its_reason() -> None:
 
 
 def test_more_ranks_than_heads() -> None:
-    program = program_of(attention=AttentionRecipe(num_heads=6, num_kv_heads=3))
+    program = decoder(attention=AttentionRecipe(num_heads=6, num_kv_heads=3))
     with pytest.raises(PlanError) as caught:
         placed(program, 8)
     assert "8 for 6 attention heads" in str(caught.value)
@@ -108,12 +107,12 @@ def test_more_ranks_than_heads() -> None:
 
 def test_without_a_mesh() -> None:
     with pytest.raises(PassError, match="a program without a mesh"):
-        RUNNER.run(program_of(), [PlaceDense()])
+        RUNNER.run(decoder(), [PlaceDense()])
 
 
 @pytest.mark.parametrize("tied", ["module", "functional"])
 def test_tied_words_lie_together(tied: str) -> None:
-    layout = layout_of(placed(program_of(tied=tied), 2))
+    layout = layout_of(placed(decoder(tied=tied), 2))
     words = [name for name in layout.placements if "wte" in name or "lm_head" in name]
     assert words
     assert {layout.placements[name].splits for name in words} == {(Split(0, TENSOR, 2, (23,)),)}
@@ -121,7 +120,7 @@ def test_tied_words_lie_together(tied: str) -> None:
 
 @pytest.mark.parametrize("share", ["ffn", "block"])
 def test_shared_layers_lie_alike(share: str) -> None:
-    layout = layout_of(placed(program_of(share=share), 2))
+    layout = layout_of(placed(decoder(share=share), 2))
     assert layout.of("ffn_0.up.weight") == layout.of("ffn_1.up.weight") != Placement()
 
 

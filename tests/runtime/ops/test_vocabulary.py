@@ -18,6 +18,7 @@ from moec.ir.placement import Split
 from moec.runtime.ops import vocabulary
 from moec.runtime.simulated import run_ranks
 from moec.testing.tolerances import error_of
+from tests.runtime.ranks import run_processes
 
 ops = torch.ops.moec
 # Even, uneven, a rank with a single word, ranks with no word at all.
@@ -108,6 +109,26 @@ def test_part(blocks: tuple[int, ...], ranks: int, dim: int) -> None:
         taken = torch.cat([torch.arange(*span) for span in split.spans(rank)])
         assert torch.equal(out, whole.index_select(dim, taken))
     assert torch.equal(sum(grad for _, grad in found), torch.ones_like(whole))
+
+
+def _over_gloo(rank: int) -> list[Tensor]:
+    whole, targets = torch.arange(21, dtype=torch.float64).view(3, 7).cos(), torch.tensor([6, 0, 4])
+    losses, gradient = pulled(
+        lambda logits: ops.cross_entropy_part(logits, targets, 7, IGNORED, TENSOR),
+        part(whole, rank, 2, 1),
+        torch.full((3,), rank + 1.0, dtype=torch.float64),
+    )
+    gathered, summed = pulled(
+        lambda logits: ops.gather_vocabulary(logits, 7, TENSOR), part(whole, rank, 2, 1), whole * (rank + 1)
+    )
+    return [losses, gradient, gathered, summed]
+
+
+def test_processes_do_what_threads_do() -> None:
+    mesh = Mesh(tensor=2)
+    pairs = zip(run_processes(mesh, _over_gloo), run_ranks(mesh, _over_gloo), strict=True)
+    for found, needed in pairs:
+        assert all(map(torch.equal, found, needed))
 
 
 def test_no_tokens() -> None:
