@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +32,21 @@ PYRAMID: dict[str, Any] = {
 }  # fmt: skip
 
 
-def small_gpt(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> GPT:
-    """Two layers, some thousand weights; the same at every call."""
+def compiled(
+    described: dict[str, Any], world: int = 1, *, dtype: torch.dtype = torch.float64, dropout: float = 0.0
+) -> Program:
+    """A GPT of two layers and some thousand weights, the same at every call, as `described`; placed on
+    `world` ranks when there are several, and then not to be trained itself."""
+    parallel = described["parallel"] if world > 1 else {}
+    program = _compiled(json.dumps({**described, "parallel": parallel}), world, dtype, dropout)
+    return copy.deepcopy(program) if world == 1 else program
+
+
+@functools.cache
+def _compiled(described: str, world: int, dtype: torch.dtype, dropout: float) -> Program:
     torch.manual_seed(0)
     config = GPTConfig(vocab=VOCABULARY, seq=8, layers=2, width=24, heads=3, dropout=dropout)
-    return GPT(config).to(dtype)
+    return moec.compile(GPT(config).to(dtype), json.loads(described), world=world if world > 1 else None)
 
 
 def plan(moe: dict[str, Any] | None = None, **parallel: Any) -> dict[str, Any]:
@@ -103,11 +116,12 @@ def train(
 
 
 def train_on(
-    world: int, model: GPT, described: dict[str, Any], data: TextData, folder: Path, **how: Any
-) -> list[TrainResult]:
+    world: int, described: dict[str, Any], data: TextData, folder: Path, *,
+    weights: torch.dtype = torch.float64, dropout: float = 0.0, **how: Any,
+) -> list[TrainResult]:  # fmt: skip
     """The trainer's result on each of `world` simulated ranks, or of one process."""
+    program = compiled(described, world, dtype=weights, dropout=dropout)
     if world == 1:
-        return [train(moec.compile(model, described), data, folder, **how)]
-    placed = moec.compile(model, described, world=world)
-    assert placed.layout is not None
-    return run_ranks(placed.layout.mesh, lambda rank: train(placed.partition(rank), data, folder, **how))
+        return [train(program, data, folder, **how)]
+    assert program.layout is not None
+    return run_ranks(program.layout.mesh, lambda rank: train(program.partition(rank), data, folder, **how))

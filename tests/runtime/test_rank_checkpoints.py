@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import moec
 from moec.errors import ArtifactError, MoecError, TrainError
 from moec.ir.mesh import Mesh
 from moec.runtime import checkpoint as checkpoint_module
@@ -24,7 +23,7 @@ from moec.runtime.ranks import Ranks
 from moec.runtime.records import read_records
 from moec.runtime.simulated import run_ranks
 from moec.runtime.train import TrainResult
-from tests.runtime.rank_runs import PYRAMID, plan, small_gpt, train, train_on
+from tests.runtime.rank_runs import PYRAMID, compiled, plan, train, train_on
 from tests.runtime.tiny import tiny_text
 
 
@@ -45,10 +44,10 @@ def tensors(path: Path | None) -> dict[str, Tensor]:
 
 
 def test_a_run_on_ranks_is_the_run_of_one_process(data: TextData, tmp_path: Path) -> None:
-    model, described = small_gpt(), plan(expert=4)
+    described = plan(expert=4)
     how = {"steps": 4, "eval_every": 2, "save_every": 4}
-    (alone,) = train_on(1, model, described, data, tmp_path / "one", **how)
-    ranks = train_on(4, model, described, data, tmp_path / "four", **how)
+    (alone,) = train_on(1, described, data, tmp_path / "one", **how)
+    ranks = train_on(4, described, data, tmp_path / "four", **how)
     for told in ranks:
         assert losses(told) == losses(ranks[0]) == pytest.approx(losses(alone), rel=1e-9)
         assert [record.load for record in told.history] == [record.load for record in alone.history]
@@ -67,12 +66,12 @@ def test_a_run_on_ranks_is_the_run_of_one_process(data: TextData, tmp_path: Path
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_same_mesh_goes_on_bit_for_bit(data: TextData, tmp_path: Path, dtype: str) -> None:
-    model = small_gpt(torch.float32, dropout=0.2)
     described = plan({**PYRAMID, "balance": "bias", "bias_rate": 0.01}, expert=2)
     how: dict[str, Any] = {"steps": 5, "dtype": dtype, "save_every": 2, "eval_every": 0}
-    whole = train_on(2, model, described, data, tmp_path / "whole", **how)
-    first = train_on(2, model, described, data, tmp_path / "parts", stop_at=3, **how)
-    second = train_on(2, model, described, data, tmp_path / "parts", resume=True, **how)
+    how |= {"weights": torch.float32, "dropout": 0.2}
+    whole = train_on(2, described, data, tmp_path / "whole", **how)
+    first = train_on(2, described, data, tmp_path / "parts", stop_at=3, **how)
+    second = train_on(2, described, data, tmp_path / "parts", resume=True, **how)
     assert losses(first[0], second[0]) == losses(whole[0])
     found, expected = tensors(second[1].checkpoint), tensors(whole[1].checkpoint)
     assert found.keys() == expected.keys()
@@ -81,37 +80,36 @@ def test_the_same_mesh_goes_on_bit_for_bit(data: TextData, tmp_path: Path, dtype
 
 
 def test_a_run_moves_from_mesh_to_mesh(data: TextData, tmp_path: Path) -> None:
-    model, how = small_gpt(), {"steps": 5, "save_every": 0, "eval_every": 0}
-    (whole,) = train_on(1, model, plan(), data, tmp_path / "whole", **how)
+    how: dict[str, Any] = {"steps": 5, "save_every": 0, "eval_every": 0}
+    (whole,) = train_on(1, plan(), data, tmp_path / "whole", **how)
     legs: list[tuple[int, dict[str, Any]]] = [
         (4, {"expert": 4}), (2, {"expert": 1}), (3, {"tensor": 3}), (1, {}), (4, {"expert": 2, "slice": 2}),
     ]  # fmt: skip
     done = []
     for step, (world, parallel) in enumerate(legs, start=1):
         told = train_on(
-            world, model, plan(**parallel), data, tmp_path / "moved", resume=step > 1, stop_at=step, **how
+            world, plan(**parallel), data, tmp_path / "moved", resume=step > 1, stop_at=step, **how
         )
         done.append(told[0])
     assert losses(*done) == pytest.approx(losses(whole), rel=1e-9)
 
 
 def test_what_cannot_be_resumed_on_another_mesh(data: TextData, tmp_path: Path) -> None:
-    model, how = small_gpt(), {"steps": 1, "eval_every": 0}
-    train_on(2, model, plan(expert=2), data, tmp_path / "run", **how)
+    how: dict[str, Any] = {"steps": 1, "eval_every": 0}
+    train_on(2, plan(expert=2), data, tmp_path / "run", **how)
     other = plan({**PYRAMID, "top_k": 1})
     with pytest.raises(ArtifactError, match="layers"):
-        train_on(1, model, other, data, tmp_path / "run", resume=True, **how)
+        train_on(1, other, data, tmp_path / "run", resume=True, **how)
     with pytest.raises(TrainError, match="checkpoints of another run"):
-        train_on(2, model, plan(expert=2), data, tmp_path / "run", **how)
+        train_on(2, plan(expert=2), data, tmp_path / "run", **how)
 
 
 @pytest.mark.parametrize("name", ["parameters-00001.safetensors", "optimizer-00000.safetensors"])
 def test_a_damaged_shard_is_named_by_every_rank(data: TextData, tmp_path: Path, name: str) -> None:
-    model = small_gpt()
     how: dict[str, Any] = {"steps": 2, "save_every": 1, "eval_every": 0}
-    placed = moec.compile(model, plan(expert=2), world=2)
+    placed = compiled(plan(expert=2), 2)
     assert placed.layout is not None
-    train_on(2, model, plan(expert=2), data, tmp_path / "run", **how)
+    train_on(2, plan(expert=2), data, tmp_path / "run", **how)
     path = tmp_path / "run/step-00000002" / name
     spoilt = bytearray(path.read_bytes())
     spoilt[-3] ^= 1
@@ -249,6 +247,6 @@ def test_an_interrupt_of_one_rank_saves_on_all(
             return self.is_second and self.looks > 2
 
     monkeypatch.setattr(train_module, "Interrupt", Second)
-    told = train_on(2, small_gpt(), plan(expert=2), data, tmp_path / "run", steps=5, eval_every=0)
+    told = train_on(2, plan(expert=2), data, tmp_path / "run", steps=5, eval_every=0)
     assert [(result.step, result.interrupted) for result in told] == [(2, True)] * 2
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run/step-00000002"

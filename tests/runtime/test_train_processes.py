@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-import moec
 from moec.program import Program
 from moec.runtime.checkpoint import latest_checkpoint, load_checkpoint
 from moec.runtime.data import TextData
-from tests.runtime.rank_runs import PYRAMID, plan, small_gpt, train, train_on
+from tests.runtime.rank_runs import PYRAMID, compiled, plan, train, train_on
 from tests.runtime.ranks import run_processes
 from tests.runtime.tiny import tiny_text
 
@@ -22,7 +21,7 @@ DESCRIBED = plan({**PYRAMID, "capacity_factor": "dropless"}, expert=4)
 
 
 def placed(world: int) -> Program:
-    return moec.compile(small_gpt(), DESCRIBED, world=world)
+    return compiled(DESCRIBED, world)
 
 
 def data(folder: Path) -> TextData:
@@ -49,7 +48,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_processes_train_as_one_does(tmp_path: Path, world: int) -> None:
-    (alone,) = train_on(1, small_gpt(), DESCRIBED, data(tmp_path / "text"), tmp_path / "one", **HOW)
+    (alone,) = train_on(1, DESCRIBED, data(tmp_path / "text"), tmp_path / "one", **HOW)
     expected = [number for record in alone.history for number in (record.loss, record.grad_norm)]
     mesh = placed(world).layout
     assert mesh is not None

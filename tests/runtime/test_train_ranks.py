@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moec
-from examples.gpt import GPT
 from moec.errors import TrainError
 from moec.plan import Train
 from moec.program import Program
@@ -21,9 +20,9 @@ from moec.runtime.step import OptimizerStep
 from tests.runtime.rank_runs import (
     PYRAMID,
     Steps,
+    compiled,
     plan,
     random_batches,
-    small_gpt,
     take_steps,
     take_steps_on_ranks,
 )
@@ -52,20 +51,20 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-3))
 
 
-def compiled(model: GPT, described: dict[str, Any], world: int) -> tuple[Program, Program]:
-    return moec.compile(model, described), moec.compile(model, described, world=world)
+def both(described: dict[str, Any], world: int, **how: Any) -> tuple[Program, Program]:
+    return compiled(described, **how), compiled(described, world, **how)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_three_steps_are_those_of_one_process(mesh: str) -> None:
     world, parallel = MESHES[mesh]
-    whole, placed = compiled(small_gpt(), plan(**parallel), world)
+    whole, placed = both(plan(**parallel), world)
     batches = random_batches(3, STEP.batch)
     assert_same(take_steps_on_ranks(placed, STEP, batches), take_steps(whole, STEP, batches), 1e-9)
 
 
 def test_three_steps_in_fp32() -> None:
-    whole, placed = compiled(small_gpt(torch.float32), plan(expert=4), 4)
+    whole, placed = both(plan(expert=4), 4, dtype=torch.float32)
     batches = random_batches(3, STEP.batch)
     found, expected = take_steps_on_ranks(placed, STEP, batches), take_steps(whole, STEP, batches)
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -101,7 +100,7 @@ def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int, Train]:
 @given(runs())
 def test_any_plan_on_any_mesh(run: tuple[dict[str, Any], int, Train]) -> None:
     described, world, step = run
-    whole, placed = compiled(small_gpt(), described, world)
+    whole, placed = both(described, world)
     batches = random_batches(3, step.batch)
     expected = take_steps(whole, step, batches)
     assert_same(take_steps_on_ranks(placed, step, batches), expected, 1e-9)
@@ -111,21 +110,21 @@ def test_any_plan_on_any_mesh(run: tuple[dict[str, Any], int, Train]) -> None:
 @given(runs())
 def test_many_plans_on_many_meshes(run: tuple[dict[str, Any], int, Train]) -> None:
     described, world, step = run
-    whole, placed = compiled(small_gpt(), described, world)
+    whole, placed = both(described, world)
     batches = random_batches(3, step.batch)
     assert_same(take_steps_on_ranks(placed, step, batches), take_steps(whole, step, batches), 1e-9)
 
 
 def test_a_rank_may_have_no_sequence() -> None:
     step = STEP.model_copy(update={"batch": 3, "accumulate": 1})
-    whole, placed = compiled(small_gpt(), plan(expert=4), 4)
+    whole, placed = both(plan(expert=4), 4)
     batches = random_batches(3, step.batch)
     assert_same(take_steps_on_ranks(placed, step, batches), take_steps(whole, step, batches), 1e-9)
 
 
 def test_bf16_keeps_fp32_weights_and_learns_alike() -> None:
     step = STEP.model_copy(update={"dtype": "bf16"})
-    whole, placed = compiled(small_gpt(torch.float32), plan(expert=2), 2)
+    whole, placed = both(plan(expert=2), 2, dtype=torch.float32)
     batches = random_batches(6, step.batch)
     found, expected = take_steps_on_ranks(placed, step, batches), take_steps(whole, step, batches)
     assert {value.dtype for value in found.parameters.values()} == {torch.float32}
@@ -134,7 +133,7 @@ def test_bf16_keeps_fp32_weights_and_learns_alike() -> None:
 
 def test_recomputation_changes_no_bit_and_keeps_less() -> None:
     settings = {again: STEP.model_copy(update={"recompute": again}) for again in (False, True)}
-    placed = moec.compile(small_gpt(dropout=0.2), plan(expert=2), world=2)
+    placed = compiled(plan(expert=2), 2, dropout=0.2)
     batches = random_batches(2, STEP.batch)
     kept, again = (take_steps_on_ranks(placed, settings[how], batches) for how in (False, True))
     assert (kept.losses, kept.norms) == (again.losses, again.norms)
@@ -145,7 +144,7 @@ def test_recomputation_changes_no_bit_and_keeps_less() -> None:
 
 def _bytes_kept(step: Train) -> int:
     """What autograd holds on to between the forward and the backward of a batch."""
-    program = moec.compile(small_gpt(), plan())
+    program = compiled(plan())
     weights = {parameter.untyped_storage().data_ptr() for parameter in program.parameters()}
     kept: dict[int, int] = {}
 
@@ -160,7 +159,7 @@ def _bytes_kept(step: Train) -> int:
 
 def test_recomputation_needs_regions_and_eager_mode() -> None:
     step = STEP.model_copy(update={"recompute": True})
-    program = moec.compile(small_gpt(), plan())
+    program = compiled(plan())
     program.backend = "inductor"
     with pytest.raises(TrainError, match="backend = 'inductor'"):
         OptimizerStep(program, step).gradients(random_batches(1, 4)[0])
@@ -196,7 +195,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all() -> None:
             expert = dict(local.named_parameters())["moe_1.up.weight"]
             expert.register_hook(lambda gradient: gradient / 0.0)
 
-    placed = moec.compile(small_gpt(), plan(expert=4), world=4)
+    placed = compiled(plan(expert=4), 4)
     for error in errors_of(placed, spoil):
         assert error.where == "moe_1.up.weight"
         assert not math.isfinite(float(error.found.split()[-1]))
@@ -208,7 +207,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(monkeypatch: pytest.Mon
             terms_of = local.loss_terms
             monkeypatch.setitem(local.__dict__, "loss_terms", lambda *batch: _spoilt(terms_of(*batch)))
 
-    placed = moec.compile(small_gpt(), plan(expert=2), world=2)
+    placed = compiled(plan(expert=2), 2)
     assert {error.where for error in errors_of(placed, spoil)} == {"loss"}
 
 
@@ -220,8 +219,7 @@ def test_a_parameter_that_nothing_depends_on_is_named() -> None:
     def spoil(rank: int, local: Program) -> None:
         local.graph.get_parameter("unused").requires_grad_(True)
 
-    model = small_gpt()
-    placed = moec.compile(model, plan(expert=2), world=2)
+    placed = compiled(plan(expert=2), 2).fork()
     placed.graph.register_parameter("unused", torch.nn.Parameter(torch.ones(3).double()))
     for error in errors_of(placed, spoil):
         assert (error.where, error.found) == ("unused", "no gradient on any rank")
