@@ -92,10 +92,11 @@ class Diagnosis:
         post = self.posts.get(culprit)
         if post is None:
             return "it never said where it is"
-        seen = f"it was last seen in {post.last}" if post.last else "it had entered no collective"
+        seen = f"it was last seen in {post.last}" if post.last else "it was last seen before any exchange"
         where = f", at {post.at}" if post.at else ""
-        answer = "; it had finished" if post.done else "; it does not answer"
-        return seen + where + (answer if post.done or culprit in self.silent else "; it is still there")
+        if post.done:
+            return f"{seen}, and has ended since"
+        return f"{seen}{where}; it {'does not answer' if culprit in self.silent else 'is still there'}"
 
     def _nobody(self) -> RankError:
         some = min(self.posts, default=0)

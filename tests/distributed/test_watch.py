@@ -142,7 +142,7 @@ def test_nobody_behind() -> None:
 
 def test_a_rank_that_left_early() -> None:
     error = diagnosed(post(5, 3), post(5, 3), post(5, 3), post(5, 2, done=True))
-    assert error.nearest.endswith("it had finished")
+    assert error.nearest == "it was last seen in op 2 over data, and has ended since"
 
 
 def test_watches_of_ranks_that_share_a_store_find_the_one_that_stands_still() -> None:
