@@ -5,7 +5,8 @@
 A step is forward, backward, and the sum of the gradients over the ranks. Every contender has the same
 weights and the same tokens on each rank, and its gradients are compared with ours first; ours are compared
 with those of the program in a single process. Contenders take turns in the same two processes; the time of a
-round is that of the slower rank. `--peers` names folders in which further libraries are found.
+round is that of the slower rank; busy is the processor time of both, which others on the machine change less.
+`--peers` names folders in which further libraries are found.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Result:
     limit: dict[str, float] = field(default_factory=dict)
 
 
-def measure(case: Case, rounds: int, gflops: float) -> Result:
+def measure(case: Case, rounds: int, peaks: Peaks) -> Result:
     """Run one case; every rank calls it, and gets the same times."""
     size, batch = case.size, batch_of(case.size)
     torch.manual_seed(0)
@@ -68,7 +69,7 @@ def measure(case: Case, rounds: int, gflops: float) -> Result:
     result = Result(case.name, size.tokens)
     assert reference.layout is not None
     with connected(reference.layout.mesh):
-        result.limit = limits(case, reference, batch, gflops)
+        result.limit = limits(case, reference, batch, peaks)
         steps = {name: _ours(name, program, batch, result) for name, program in programs.items()}
         gradients = next(iter(steps.values())).gradients()
         for name, make in case.peers(dense, reference, batch).items():
@@ -109,38 +110,54 @@ def compare(name: str, step: Step, ours: Gradients, result: Result) -> None:
         raise AssertionError(f"{name} and moec have gradients that differ by {apart:.1e}")
 
 
-def limits(case: Case, program: Program, batch: Batch, gflops: float) -> dict[str, float]:
+@dataclass(frozen=True)
+class Peaks:
+    """GFLOP/s of one rank's products while all ranks compute: by the clock, and by its processor time."""
+
+    gflops: float
+    busy_gflops: float
+
+
+def limits(case: Case, program: Program, batch: Batch, peaks: Peaks) -> dict[str, float]:
     """What a step costs at least here: its products at the measured peak, its messages as measured alone.
 
     The products are those of a dense model of the same active width; a layer sends rows four times.
+    `sum_ms` by the clock; `sum_busy_ms`: processor time, of all ranks together.
     """
-    size = case.size
-    with FlopCounterMode(display=False) as counter:
-        twin = case.dense(size, size.hidden * case.top_k)
-        out = twin(batch.here.tokens)
-        (out if isinstance(out, torch.Tensor) else out.logits).sum().backward()
-    layers = len(program.moe_settings())
-    rows = torch.randn(size.tokens * case.top_k, size.width)
+    layers, gflop = len(program.moe_settings()), _products(case, batch)
+    rows = torch.randn(case.size.tokens * case.top_k, case.size.width)
     experts = {name for name in program.origins if program.origins[name].experts}
     shared = sum(p.numel() for name, p in program.named_parameters() if name not in experts)
     flat, received = torch.randn(shared), torch.empty_like(rows)
-    exchanges: dict[str, Callable[[], object]] = {
+    messages: dict[str, Callable[[], object]] = {
         "all_to_all": lambda: dist.all_to_all_single(received, rows),
         "all_reduce": lambda: dist.all_reduce(flat),
     }
-    alone = {name: slower(timing).best * 1e3 for name, timing in race(exchanges, 9, 2, dist.barrier).items()}
-    gflop = counter.get_total_flops() / 1e9
-    ms = gflop / gflops * 1e3 + 4 * layers * alone["all_to_all"] + alone["all_reduce"]
-    return {
-        "gflop": round(gflop, 2),
-        "products_ms": round(gflop / gflops * 1e3, 2),
-        "all_to_all_ms": round(alone["all_to_all"], 3),
+    alone = {name: slower(timing) for name, timing in race(messages, 9, 2, dist.barrier).items()}
+    rows_ms, sums_ms = (alone[name].best * 1e3 for name in messages)
+    rows_busy, sums_busy = (min(alone[name].busy) * 1e3 for name in messages)
+    products_ms, products_busy = (gflop / peak * 1e3 for peak in (peaks.gflops, peaks.busy_gflops))
+    found = {
+        "gflop": gflop,
+        "products_ms": products_ms,
         "all_to_alls": 4 * layers,
-        "all_to_all_gb_per_s": round(rows.nbytes / 2 / alone["all_to_all"] / 1e6, 3),
-        "all_reduce_ms": round(alone["all_reduce"], 3),
-        "all_reduce_mb": round(flat.nbytes / 1e6, 2),
-        "sum_ms": round(ms, 2),
+        "all_to_all_ms": rows_ms,
+        "all_to_all_gb_per_s": rows.nbytes / 2 / rows_ms / 1e6,
+        "all_reduce_ms": sums_ms,
+        "all_reduce_mb": flat.nbytes / 1e6,
+        "sum_ms": products_ms + 4 * layers * rows_ms + sums_ms,
+        "sum_busy_ms": RANKS * products_busy + 4 * layers * rows_busy + sums_busy,
     }
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def _products(case: Case, batch: Batch) -> float:
+    """GFLOP of forward and backward of the dense model whose feed-forwards are as wide as the chosen
+    experts."""
+    with FlopCounterMode(display=False) as counter:
+        out = case.dense(case.size, case.size.hidden * case.top_k)(batch.here.tokens)
+        (out if isinstance(out, torch.Tensor) else out.logits).sum().backward()
+    return counter.get_total_flops() / 1e9
 
 
 def slower(timing: Timing) -> Timing:
@@ -174,11 +191,12 @@ def show(result: Result) -> None:
     columns = "min ms, median ms, x min, x median, busy ms, x busy, of limit, gradients"
     table.add_column()
     for column in columns.split(", "):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, row in result.times.items():
         keys = ("min_ms", "median_ms", "min_ratio", "median_ratio", "busy_ms", "busy_ratio")
         cells = [f"{row[key]:.{1 if key.endswith('ms') else 2}f}" for key in keys]
-        table.add_row(name, *cells, f"{result.limit['sum_ms'] / row['min_ms']:.0%}", _exactness(name, result))
+        share = result.limit["sum_busy_ms"] / row["busy_ms"]
+        table.add_row(name, *cells, f"{share:.0%}", _exactness(name, result))
     for name, reason in result.missing.items():
         table.add_row(name, reason)
     _CONSOLE.print(table)
@@ -219,10 +237,12 @@ def run_rank(rank: int, port: int, names: list[str], rounds: int, out: Path, pee
     with joined(rank, port):
         record: dict[str, Any] = {"command": f"python -m benchmarks.ranks {' '.join(sys.argv[1:])}".strip()}
         record |= {"ranks": RANKS, "machine": machine.describe(), "peaks": machine.limits(), "cases": []}
-        gflops = torch.tensor(record["peaks"]["gflops"], dtype=torch.float64)
-        dist.all_reduce(gflops, dist.ReduceOp.MIN)
+        found = (record["peaks"][name] for name in ("gflops", "gflops_a_busy_core"))
+        both = torch.tensor([*found], dtype=torch.float64)
+        dist.all_reduce(both, dist.ReduceOp.MIN)
+        peaks = Peaks(*both.tolist())
         for name in names:
-            result = measure(CASES[name], rounds, float(gflops))
+            result = measure(CASES[name], rounds, peaks)
             record["cases"].append(vars(result))
             if rank == 0:
                 show(result)
