@@ -19,9 +19,9 @@ from torch import Tensor, fx
 import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.errors import PlanError
 from moec.ir.graphs import weight_of
-from moec.ir.patterns import is_call, tensor
+from moec.ir.patterns import argument, is_call, tensor
 
-from .hidden_units import blocks_of, units_of_rows
+from .hidden_units import WHOLE_DIM, blocks_of, units_of_rows
 
 aten = torch.ops.aten
 GROUPED = torch.ops.moec.grouped_linear.default
@@ -38,7 +38,11 @@ def slices_of(module: fx.GraphModule, ways: int, where: str) -> tuple[Cuts, str]
     products = [node for node in module.graph.nodes if is_call(node, GROUPED)]
     down, ups = products[-1], products[:-1]
     hidden = int(tensor(down.args[0]).shape[-1])  # type: ignore[union-attr]
-    reason = _obstacle(module, ups, down)
+    if hidden % ways:
+        fitting = ", ".join(str(d) for d in range(1, hidden + 1) if hidden % d == 0)
+        found = f"slice = {ways} of experts with {hidden} hidden units"
+        raise PlanError(f"[parallel], {where}", found, f"a number that divides {hidden}: {fitting}")
+    reason = _obstacle(module, ups, down, ways)
     if reason:
         return {}, reason
     widths = [int(tensor(up).shape[-1]) for up in ups]  # type: ignore[union-attr]
@@ -46,10 +50,6 @@ def slices_of(module: fx.GraphModule, ways: int, where: str) -> tuple[Cuts, str]
     blocks = [blocks_of(u, hidden) for u in units] if units is not None else [None]
     if any(b is None for b in blocks):
         return {}, "hidden units that are not laid out in order"
-    if hidden % ways:
-        fitting = ", ".join(str(d) for d in range(2, hidden + 1) if hidden % d == 0)
-        found = f"slice = {ways} of experts with {hidden} hidden units"
-        raise PlanError(f"[parallel], {where}", found, f"a number that divides {hidden}: {fitting}")
     cuts: Cuts = {str(_weight(down, 1).target): (2, (hidden,))}
     for up, width, times in zip(ups, widths, blocks, strict=True):
         assert times is not None
@@ -78,7 +78,7 @@ def between(module: fx.GraphModule, down: fx.Node) -> list[fx.Node]:
     return [node for node in module.graph.nodes if node in found]
 
 
-def _obstacle(module: fx.GraphModule, ups: list[fx.Node], down: fx.Node) -> str:
+def _obstacle(module: fx.GraphModule, ups: list[fx.Node], down: fx.Node, ways: int) -> str:
     if not ups:
         return "a single product an expert"
     for node in between(module, down):
@@ -88,6 +88,9 @@ def _obstacle(module: fx.GraphModule, ups: list[fx.Node], down: fx.Node) -> str:
         if node.op == "placeholder":
             return "an expert that reads its input beside its products"
         sizes = any(isinstance(a, list | tuple) for a in node.args[1:])
+        cuts = is_call(node, aten.slice.Tensor, aten.split_with_sizes.default)
+        if cuts and not _divides(node, ways):
+            return f"{node.name} cuts the hidden units in places that no slice has"
         if node.op == "call_function" and sizes and not is_call(node, aten.split_with_sizes.default):
             return f"{node.name} fixes the hidden size"
     return ""
@@ -126,5 +129,27 @@ def shorten(node: fx.Node, ways: int) -> None:
     if is_call(node, aten.split_with_sizes.default):
         node.args = (node.args[0], [int(size) // ways for size in node.args[1]], *node.args[2:])  # type: ignore[union-attr, arg-type]
     elif is_call(node, aten.slice.Tensor) and node.args[1] in (-1, 1):
-        bounds = [b // ways if isinstance(b, int) and 0 < b < 2**62 else b for b in node.args[2:4]]
-        node.args = (*node.args[:2], *bounds, *node.args[4:])
+        start, end = bounds_of(node)
+        start = start if step_of(node) > 1 else start // ways  # every second one, from the second: 1
+        node.args = (*node.args[:2], start, end if end >= WHOLE_DIM else end // ways, *node.args[4:])
+
+
+def bounds_of(node: fx.Node) -> tuple[int, int]:
+    """Where a slice starts and ends; WHOLE_DIM and beyond for one without an end."""
+    start, end = argument(node, 2, "start"), argument(node, 3, "end")
+    return start or 0, WHOLE_DIM if end is None else end
+
+
+def step_of(node: fx.Node) -> int:
+    """The step of a slice."""
+    step: int = argument(node, 4, "step", 1)
+    return step
+
+
+def _divides(node: fx.Node, ways: int) -> bool:
+    """Whether the sizes that `node` cuts the hidden units by are those of `ways` equal parts."""
+    if is_call(node, aten.split_with_sizes.default):
+        return all(int(size) % ways == 0 for size in node.args[1])  # type: ignore[union-attr, arg-type]
+    start, end = bounds_of(node)
+    starts = 0 <= start < step_of(node) or start % ways == 0
+    return starts and (end >= WHOLE_DIM or (end > 0 and end % ways == 0))
