@@ -41,6 +41,7 @@ from .manifest import (
     PartGroup,
     WeightRecord,
     read_manifest,
+    rebuild,
     record_of,
     require_whole,
     write_manifest,
@@ -218,7 +219,11 @@ def load_program(
     saved = Saved(folder, manifest, layout_of(manifest), trust)
     tensors = _read_weights(saved, place)
     graph = saved.graph(PROGRAM, manifest, manifest.weights, tensors, place)
-    return saved.program(kind, graph, manifest, tensors)
+    program = saved.program(kind, graph, manifest, tensors)
+    if not trust and fingerprint(program) != manifest.fingerprint:
+        found = f"a program that moec {manifest.moec} wrote and this one understands in another way"
+        raise ArtifactError(str(folder), found, "the program as it was saved", rebuild(folder, manifest))
+    return program
 
 
 def _read_weights(saved: Saved, device: torch.device) -> dict[str, Tensor] | None:
