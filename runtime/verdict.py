@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 #: Seconds in which ranks that fail alike have to say so to be named together.
-PATIENCE = 1.0
+PATIENCE = 3.0
 
 
 class Verdict:
