@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moec.all_ranks import Gradients, all_parts, joined_gradients
-from moec.errors import PassError
+from moec.errors import DataError, PassError
 from moec.ir.graphs import output
 from moec.ir.mesh import DATA, TENSOR, Mesh
 from moec.local_program import LocalProgram
@@ -44,8 +44,9 @@ def simulate(
 
     `targets` as in `program.loss`. Both run in evaluation mode, as dropout and routing noise differ between
     ranks. `gradients=False` leaves the backward out. Weights and `.grad` of the program stay as they are.
-    Raises `PassError` for a program that is not placed, or whose weights are on `meta`, and `MeshError` when
-    ranks get stuck or take longer than `timeout` seconds.
+    Raises `PassError` for a program that is not placed, or whose weights are on `meta`, `DataError` when a
+    rank has no sequence and the model's own reshapes cannot do without, and `MeshError` when ranks get stuck
+    or take longer than `timeout` seconds.
     """
     _require_weights(program)
     began = time.perf_counter()
@@ -57,7 +58,12 @@ def simulate(
     answers = [None if targets is None else _stretches(targets, mesh, rank) for rank in range(mesh.world)]
 
     def run(rank: int) -> _Run:
-        return _run_rank(ranks[rank], own[rank], answers[rank], gradients)
+        try:
+            return _run_rank(ranks[rank], own[rank], answers[rank], gradients)
+        except RuntimeError as error:
+            if own[rank].shape[0]:
+                raise
+            raise _no_sequences(rank, tokens, mesh) from error  # a size of -1 that 0 elements leave open
 
     runs = run_ranks(mesh, run, timeout=timeout)
     sizes = [(part.shape[0], part.shape[1]) for part in own]
@@ -89,6 +95,11 @@ def _require_weights(program: Program) -> None:
         raise PassError("simulate", found, needed, "moec.compile(model, plan, world=4)")
     if any(value.is_meta for value in program.parameters()):
         raise PassError("simulate", "weights on meta", "weights with numbers in them", "moec.load(dir)")
+
+
+def _no_sequences(rank: int, tokens: Tensor, mesh: Mesh) -> DataError:
+    found = f"{tokens.shape[0]} sequences, none for rank {rank}, and a model that cannot do without"
+    return DataError("simulate", found, f"{mesh.data} sequences at least, one for each data rank")
 
 
 def _mesh_of(program: Program) -> Mesh:

@@ -6,16 +6,21 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 import moec
 from examples.gpt import GPT, GPTConfig
 from moec.all_ranks import all_parts
-from moec.errors import MeshError, PassError
+from moec.errors import DataError, MeshError, PassError
 from moec.local_program import LocalProgram
+from moec.plan import Plan
 from moec.program import Program
 from moec.runtime.traffic import Traffic
 from moec.runtime.traffic_report import traffic_table
+from moec.testing import decoders_and_plans
+from moec.testing.recipe import DecoderRecipe
 
 TOP_2 = {"layers": "1::2", "experts": 4, "top_k": 2, "residual": "learned", "capacity_factor": 1.0}
 PYRAMID = {"layers": "1::2", "experts": 32, "override": [{"layers": "-1:", "experts": 64}]}
@@ -108,6 +113,20 @@ def test_sixty_four_ranks_of_a_pyramid() -> None:
     assert {"expert_32_between", "expert_64_inside"} <= {kind.axis for kind in made.traffic[0].sent}
 
 
+def test_a_model_that_cannot_do_without_tokens_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a reshape leaves a size open, which without elements could be any."""
+    execute = LocalProgram._execute
+
+    def reshaped(self: LocalProgram, tokens: torch.Tensor) -> object:
+        tokens.reshape(tokens.shape[0], -1)
+        return execute(self, tokens)
+
+    monkeypatch.setattr(LocalProgram, "_execute", reshaped)
+    with pytest.raises(DataError, match="1 sequences, none for rank 2"):
+        placed().simulate(words(1))
+    assert placed().simulate(words(2)).agrees
+
+
 def test_all_parts_are_the_partitions() -> None:
     program = placed()
     for rank, part in enumerate(all_parts(program)):
@@ -115,6 +134,29 @@ def test_all_parts_are_the_partitions() -> None:
         assert part.rank == rank
         assert part.state_dict().keys() == alone.keys()
         assert all(torch.equal(value, alone[name]) for name, value in part.state_dict().items())
+
+
+@settings(max_examples=3)
+@given(
+    decoders_and_plans(float32=False, max_experts=8, max_layers=2, interfaces=("logits",)),
+    st.sampled_from((2, 4, 6)),
+    st.fixed_dictionaries({
+        "tensor": st.sampled_from((1, 2)), "expert": st.integers(1, 4), "node": st.sampled_from((1, 2, 8)),
+        "all_to_all": st.sampled_from(("auto", "flat", "hierarchical", "coordinated")),
+    }),
+)  # fmt: skip
+def test_any_decoder_agrees_and_sends_what_its_graph_says(
+    pair: tuple[DecoderRecipe, Plan], world: int, parallel: dict[str, object]
+) -> None:
+    recipe, plan = pair
+    settings_ = {**plan.model_dump(exclude_none=True), "parallel": parallel, "compile": {"dtype": "fp64"}}
+    model = recipe.build(seed=0, dtype=torch.float64)
+    try:
+        program = moec.compile(model, settings_, world=world, verify="off")
+    except moec.PlanError:
+        return  # a mesh that does not fit the model; tests of the placement say when
+    made = program.simulate(recipe.tokens(batch=7, length=4))
+    assert made.agrees, made
 
 
 @pytest.mark.parametrize("what", ["blocks.0.attention.qkv.weight", "moe_1.up.weight", "gradient"])
