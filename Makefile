@@ -42,6 +42,7 @@ golden: $(READY)  ## Rewrite tests/golden from what is printed now; read the dif
 
 bench: $(READY)  ## Run the benchmarks and record them in benchmarks/results
 	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m benchmarks.ranks
 
 clean:  ## Remove build outputs and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

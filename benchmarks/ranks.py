@@ -15,10 +15,12 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,7 @@ def slower(timing: Timing) -> Timing:
 
 
 def _times(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
+    """As recorded; `median_ratio` is that of the ratios within each round, in which the load is alike."""
     jobs = {name: slower(timing) for name, timing in timings.items()}
     first = next(iter(jobs.values()))
     return {
@@ -176,7 +179,7 @@ def _times(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
             "min_ms": round(timing.best * 1e3, 2),
             "median_ms": round(timing.median * 1e3, 2),
             "min_ratio": round(timing.best / first.best, 3),
-            "median_ratio": round(timing.median / first.median, 3),
+            "median_ratio": round(statistics.median(map(truediv, timing.seconds, first.seconds)), 3),
             "busy_ms": round(min(timing.busy) * 1e3, 2),
             "busy_ratio": round(min(timing.busy) / min(first.busy), 3),
         }
@@ -210,13 +213,33 @@ def _exactness(name: str, result: Result) -> str:
     return "drops other tokens" if apart is None else f"{apart:.0e} from ours"
 
 
+def page_table(cases: list[dict[str, Any]]) -> str:
+    """The table of docs/performance.md, from the cases of a record."""
+    lines = [
+        "| case | contestant | min ms | median ms | against moec | busy ms | against moec | of the limit |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for case in cases:
+        label = case["case"]
+        for name, row in case["times"].items():
+            share = case["limit"]["sum_busy_ms"] / row["busy_ms"]
+            clock = f"{row['min_ms']:.0f} | {row['median_ms']:.0f} | {row['min_ratio']:.2f}"
+            busy = f"{row['busy_ms']:.0f} | {row['busy_ratio']:.2f}"
+            lines.append(f"| {label} | {name} | {clock} | {busy} | {share:.0%} |")
+            label = ""
+    return "\n".join(lines)
+
+
 @contextmanager
 def joined(rank: int, port: int, ranks: int = RANKS) -> Iterator[None]:
-    """Inside, this process is one of `ranks` of one thread that meet at `port` of this machine."""
+    """Inside, this process is one of `ranks` that meet at `port` of this machine: one thread, on one core."""
     place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     dist.init_process_group("gloo")
     yield
     dist.barrier()
@@ -235,7 +258,8 @@ def run_rank(rank: int, port: int, names: list[str], rounds: int, out: Path, pee
     """One of the processes: joins the others, runs the cases; rank 0 prints and writes the record."""
     sys.path.extend(peers)
     with joined(rank, port):
-        record: dict[str, Any] = {"command": f"python -m benchmarks.ranks {' '.join(sys.argv[1:])}".strip()}
+        words = ["DIR" if word in peers else word for word in sys.argv[1:]]
+        record: dict[str, Any] = {"command": " ".join(["python -m benchmarks.ranks", *words])}
         record |= {"ranks": RANKS, "machine": machine.describe(), "peaks": machine.limits(), "cases": []}
         found = (record["peaks"][name] for name in ("gflops", "gflops_a_busy_core"))
         both = torch.tensor([*found], dtype=torch.float64)
