@@ -88,7 +88,7 @@ def _obstacle(module: fx.GraphModule, ups: list[fx.Node], down: fx.Node, ways: i
         if node.op == "placeholder":
             return "an expert that reads its input beside its products"
         sizes = any(isinstance(a, list | tuple) for a in node.args[1:])
-        cuts = is_call(node, aten.slice.Tensor, aten.split_with_sizes.default)
+        cuts = is_call(node, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default)
         if cuts and not _divides(node, ways):
             return f"{node.name} cuts the hidden units in places that no slice has"
         if node.op == "call_function" and sizes and not is_call(node, aten.split_with_sizes.default):
@@ -128,6 +128,8 @@ def shorten(node: fx.Node, ways: int) -> None:
     """Divide the sizes that `node` cuts the hidden units by, in place: ends of slices, lengths of splits."""
     if is_call(node, aten.split_with_sizes.default):
         node.args = (node.args[0], [int(size) // ways for size in node.args[1]], *node.args[2:])  # type: ignore[union-attr, arg-type]
+    elif is_call(node, aten.split.Tensor):
+        node.args = (node.args[0], int(node.args[1]) // ways, *node.args[2:])  # type: ignore[arg-type]
     elif is_call(node, aten.slice.Tensor) and node.args[1] in (-1, 1):
         start, end = bounds_of(node)
         start = start if step_of(node) > 1 else start // ways  # every second one, from the second: 1
@@ -150,6 +152,8 @@ def _divides(node: fx.Node, ways: int) -> bool:
     """Whether the sizes that `node` cuts the hidden units by are those of `ways` equal parts."""
     if is_call(node, aten.split_with_sizes.default):
         return all(int(size) % ways == 0 for size in node.args[1])  # type: ignore[union-attr, arg-type]
+    if is_call(node, aten.split.Tensor):
+        return int(node.args[1]) % ways == 0  # type: ignore[arg-type]
     start, end = bounds_of(node)
     starts = 0 <= start < step_of(node) or start % ways == 0
     return starts and (end >= WHOLE_DIM or (end > 0 and end % ways == 0))

@@ -30,6 +30,7 @@ from .spell_linears import SpellLinears
 from .spell_masks import SpellMasks
 from .spell_norms import SpellNorms
 from .spell_products import SpellProducts
+from .write_sizes import WriteSizes
 
 
 def canonical() -> list[Pass]:
@@ -74,4 +75,4 @@ def placed(plan: Plan, world: int) -> list[Pass]:
 
 def partitioned(rank: int) -> list[Pass]:
     """placed → partitioned: the program of one rank, its communication spelled out."""
-    return [LowerDense(rank), LowerExperts(rank), OverlapExchanges()]
+    return [LowerDense(rank), LowerExperts(rank), WriteSizes(), OverlapExchanges()]

@@ -39,10 +39,10 @@ def assert_parts_are_the_whole(
     needed, gradients = _whole(program, tokens, targets)
     seen = run_ranks(layout.mesh, lambda rank: _one_rank(program, layout, rank, tokens, targets))
     for name, value in needed["terms"].items():
-        found = torch.stack([rank.terms[name] for rank in seen]).sum()
+        found = torch.stack([one.terms[name] for one in seen]).sum()
         _close(name, found, value, tolerance, 1e-3)
-    for rank in seen:
-        assert rank.counts == needed["counts"], f"counts {rank.counts}, needed {needed['counts']}"
+    for one in seen:
+        assert one.counts == needed["counts"], f"counts {one.counts}, needed {needed['counts']}"
     for rank, one in enumerate(seen):
         place = layout.mesh.coordinate("data", rank)
         wanted = torch.tensor_split(needed["logits"], layout.mesh.data)[place]

@@ -6,8 +6,10 @@ name (`moec.runtime.mesh`), or one whose ranks are threads (`moec.runtime.simula
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d as c10d
 
 from moec.errors import OperatorError
 
@@ -15,7 +17,7 @@ from moec.errors import OperatorError
 def group_of(axis: str) -> dist.ProcessGroup:
     """The process group registered under the name of an axis; `OperatorError` when there is none."""
     try:
-        return _resolve_process_group(axis)
+        return cast(dist.ProcessGroup, c10d._resolve_process_group(axis))  # type: ignore
     except (RuntimeError, ValueError):
         found = f"no process group of the name {axis!r}"
         needed = "the groups of the program's mesh"
