@@ -42,7 +42,9 @@ def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return job.run
 
 
+@pytest.mark.nightly
 def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
+    """Reason to be nightly: the demo on ranks is tested every day, and compares the same in double precision."""
     curves = []
     for name, ranks in {"two": ["--nproc", 2], "one": []}.items():
         (tmp_path / name).mkdir()
@@ -97,7 +99,9 @@ def test_a_rank_that_hangs_is_named_with_axis_operation_and_layer(
     assert len(lines) == 4, err
 
 
+@pytest.mark.nightly
 def test_ctrl_c_saves_on_all_ranks_and_resume_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    """Reason to be nightly: two starts; interruption and resumption have everyday tests of their own."""
     with Job(tmp_path, "--nproc", 2) as job:
         job.reach(13)
         job.process.send_signal(signal.SIGINT)
