@@ -44,7 +44,7 @@ def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.nightly
 def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
-    """Reason to be nightly: the demo on ranks is tested every day, and compares the same in double precision."""
+    """Reason to be nightly: the demo on ranks compares the same every day, in double precision."""
     curves = []
     for name, ranks in {"two": ["--nproc", 2], "one": []}.items():
         (tmp_path / name).mkdir()
