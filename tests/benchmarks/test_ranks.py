@@ -22,6 +22,7 @@ from benchmarks.rank_cases import CASES, Case, Size, batch_of
 from benchmarks.rank_steps import step_of_model
 from benchmarks.ranks import Peaks, Result, compare, compiled, free_port, joined, measure
 
+ROOT = Path(ranks.__file__).parents[1]
 SMALL = Size(layers=2, width=64, hidden=32, experts=8, vocab=64, sequence=16, batch=2)
 CASE = replace(CASES["qwen3"], size=SMALL)
 OURS, THEIRS, MISSING = "moec", "transformers, eager", "Tutel, no drops"
@@ -149,3 +150,15 @@ def test_the_table_says_who_drops_other_tokens_and_who_is_missing(monkeypatch: p
     assert "drops other tokens" in text
     assert "not installed" in text
     assert "50%" in text
+
+
+def test_the_page_holds_what_was_recorded() -> None:
+    record = json.loads((ROOT / "benchmarks/results/ranks.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert ranks.page_table(record["cases"]) in page
+    assert record["command"] in page
+    names = {"moec", "moec, no drops", "moec, capacity 1.0"}
+    ours = [error for case in record["cases"] for error in case["error_of_ours"].values()]
+    theirs = [apart for case in record["cases"] for apart in case["difference_to_ours"].values()]
+    assert {name for case in record["cases"] for name in case["error_of_ours"]} == names
+    assert max(ours + theirs) < ranks.SAME
