@@ -98,12 +98,31 @@ def test_the_readme_shows_the_program_as_it_is() -> None:
         _part_with("def mix_1(", after),
         _part_with("# block 1 ", after, between="\n\n"),
     ]
-    begin, end = (f"<!-- before and after: {edge} -->" for edge in ("begin", "end"))
-    fence = "```"  # not marked `python`: parts of a program do not run by themselves
-    excerpt = "\n\n".join(shown)
-    head, _, rest = readme.read_text(encoding="utf-8").partition(begin)
-    assert_golden(f"{head}{begin}\n\n{fence}py\n{excerpt}\n{fence}\n\n{end}{rest.partition(end)[2]}", readme)
+    _assert_shows(readme, "before and after", shown)
 
 
 def _part_with(line: str, text: str, between: str = "\n\n\n") -> str:
     return next(part.strip("\n") for part in text.split(between) if line in part)
+
+
+@pytest.mark.golden
+def test_the_guide_shows_a_layer_of_one_rank_as_it_is() -> None:
+    plan = moec.Plan.from_toml(ROOT / "examples" / "pr_moe.toml")
+    plan = plan.model_copy(update={"parallel": plan.parallel.model_copy(update={"expert": 4})})
+    local = moec.compile(gpt.small(), plan, world=4, verify="off").partition(0)
+    text = local.text()
+    shown = [
+        _part_with("def dispatch_3(", text),
+        _part_with("def moe_3(", text),
+        _part_with("# block 3 ", text, between="\n\n"),
+    ]
+    _assert_shows(ROOT / "docs" / "distributed.md", "partitioned", shown)
+
+
+def _assert_shows(page: Path, marker: str, parts: list[str]) -> None:
+    """The page holds these parts of a program, as code, between the comments `marker`: begin and end."""
+    begin, end = (f"<!-- {marker}: {edge} -->" for edge in ("begin", "end"))
+    fence = "```"  # not marked `python`: parts of a program do not run by themselves
+    excerpt = "\n\n".join(parts)
+    head, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    assert_golden(f"{head}{begin}\n\n{fence}py\n{excerpt}\n{fence}\n\n{end}{rest.partition(end)[2]}", page)
