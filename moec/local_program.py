@@ -21,6 +21,7 @@ from moec.passes.pipeline import partitioned
 from moec.passes.place_dense import logits_split
 from moec.passes.runner import Runner
 from moec.program import IGNORED, Program, at_least_float
+from moec.runtime.aligned_draws import align_draws
 from moec.runtime.trainable import LossTerms
 
 c10d = torch.ops._c10d_functional
@@ -143,6 +144,7 @@ def partition(program: Program, rank: int) -> LocalProgram:
     made = LocalProgram.of(done, program.backend)
     assert isinstance(made, LocalProgram)
     made._whole = (whole,)
+    align_draws(made.graph, layout.mesh)
     return made.train(program.training)
 
 
@@ -158,4 +160,5 @@ def load_local(
     on_device(whole.graph, torch.device(device))  # its text speaks of the device that the weights are on
     whole.source = local.source
     local._whole = (whole,)
+    align_draws(local.graph, local.layout.mesh)
     return local
