@@ -21,7 +21,7 @@ from moec.errors import PlanError
 from moec.ir.graphs import weight_of
 from moec.ir.patterns import argument, is_call, tensor
 
-from .hidden_units import WHOLE_DIM, blocks_of, units_of_rows
+from .hidden_units import WHOLE_DIM, blocks_of, evaluate, units_of_rows
 
 aten = torch.ops.aten
 GROUPED = torch.ops.moec.grouped_linear.default
@@ -103,25 +103,11 @@ def _inner(module: fx.GraphModule, ups: list[fx.Node], down: fx.Node) -> Any:
     def inner(values: list[Tensor]) -> Tensor:
         env: dict[fx.Node, Any] = dict(zip(ups, values, strict=True))
         for node in nodes:
-            env[node] = _value(module, node, env)
+            env[node] = evaluate(module, node, env)
         made: Tensor = env[down.args[0]]  # type: ignore[index]
         return made
 
     return inner
-
-
-def _value(module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        value = weight_of(module, node)
-        if value is None:
-            return False  # `training`: no dropout
-        one = torch.ones(value.shape, dtype=torch.float64)
-        return one if value.is_meta else value.detach().double().cpu()
-    args = fx.node.map_arg(node.args, lambda n: env[n])
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
-    if node.target is aten.to.dtype:
-        return args[0]
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def shorten(node: fx.Node, ways: int) -> None:

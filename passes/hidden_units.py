@@ -100,13 +100,14 @@ def inner_function(dense: fx.GraphModule, ups: list[fx.Node], down: fx.Node):  #
                 return env[down.args[0]]
             if node in env or node.op in ("placeholder", "output") or is_call(node, aten.linear.default):
                 continue
-            env[node] = _evaluate(dense, node, env)
+            env[node] = evaluate(dense, node, env)
         raise AssertionError("unreachable: the down product ends every feed-forward")
 
     return inner
 
 
-def _evaluate(dense: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+def evaluate(dense: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """The value of `node` in fp64, from those in `env`; weights on `meta` are ones, nothing is dropped."""
     if node.op == "get_attr":
         value = weight_of(dense, node)
         if value is None:

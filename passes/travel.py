@@ -1,7 +1,6 @@
 """Writes the way of the rows into one expert layer: choose, send, compute, send back.
 
-Legend: T tokens here, N rows here = T·K, M rows that arrive, E experts of the layer, e experts of a rank,
-R ranks of the expert axis.
+Legend: T tokens here, N rows here = T·K, E experts of the layer.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from moec.ir.mesh import DATA, TENSOR, WORLD, ExpertAxes, Mesh
 from moec.ir.patterns import is_call
 
 from .expert_slices import GROUPED, between, shorten
+from .ways import Way, Writer
 
 aten = torch.ops.aten
 ops = torch.ops.moec
@@ -38,6 +38,8 @@ class _Lowering:
         self.module, self.graph, self.mesh, self.axes = module, module.graph, mesh, axes
         self.settings = region.settings
         self.meta = {"path": region.path, "source": region.source}
+        writer = self.writer = Writer(self.graph, self.meta)
+        self._call, self._await, self._name = writer.call, writer.wait, writer.name
         self.shared = bool(self.settings["shared"])
         self.tokens_axis = WORLD if self.shared else DATA
         self.num_seeing = mesh.world if self.shared else mesh.data
@@ -54,17 +56,6 @@ class _Lowering:
 
     def _find(self, target: Any) -> fx.Node:
         return next(node for node in self.graph.nodes if is_call(node, target))
-
-    def _call(self, name: str, target: Any, *args: Any) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        self._name(node, name)
-        return node
-
-    def _name(self, node: fx.Node, name: str) -> None:
-        node.name, node.meta = self.graph._graph_namespace.create_name(name, None), dict(self.meta)
-
-    def _await(self, name: str, target: Any, *args: Any) -> fx.Node:
-        return self._call(name, c10d.wait_tensor.default, self._call(f"{name}_started", target, *args))
 
     # each tensor rank its share of the tokens
 
@@ -145,7 +136,8 @@ class _Lowering:
         products = [node for node in self.graph.nodes if is_call(node, GROUPED)]
         readers = list(rows.users)
         with self.graph.inserting_before(rows.next):
-            way = _Way(self, counts, order)
+            inside = self.mesh.inside(self.axes) if self.settings["exchange"] == "hierarchical" else 0
+            way = Way(self.writer, self.axes, self.settings["experts"], inside, counts, order)
             here, arrived = way.there(rows)
         for reader in readers:
             reader.replace_input_with(rows, arrived)
@@ -164,143 +156,6 @@ class _Lowering:
             with self.graph.inserting_before(down):
                 part = self._call("bias_part", aten.div.Tensor, down.args[2], self.axes.slice)
             down.args = (*down.args[:2], part, down.args[3])
-
-
-class _Way:
-    """The collectives of one layer, written there and back."""
-
-    def __init__(self, lowering: _Lowering, counts: fx.Node, order: fx.Node) -> None:
-        self.call, self.wait, self.axes = lowering._call, lowering._await, lowering.axes
-        self.counts, self.order = counts, order
-        self.each = lowering.settings["experts"] // self.axes.expert
-        inside = lowering.mesh.inside(self.axes)
-        two_steps = lowering.settings["exchange"] == "hierarchical"
-        self.hops = _Hierarchical(self, inside) if two_steps else _Flat(self)
-        self.num_blocks = self.axes.expert * self.axes.slice
-
-    def there(self, rows: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """(rows of each expert here i64 [e], the rows by expert [M, D])."""
-        self.sent_from = rows
-        received, self.table = self.hops.there(rows)
-        if self.axes.slice > 1:
-            received = self._gather(received)
-        if self.each > 1 and self.num_blocks > 1:
-            received = self.call("by_expert", ops.regroup.default, received, self.table)
-        return self.call("here", aten.sum.dim_IntList, self.table, [0]), received
-
-    def back(self, out: Any) -> fx.Node:
-        """The answers, where and in the order in which their rows were [N, D]."""
-        if self.each > 1 and self.num_blocks > 1:
-            turned = self.call("table_t", aten.t.default, self.table)
-            out = self.call("by_sender", ops.regroup.default, out, turned)
-        if self.axes.slice > 1:
-            out = self._scatter(out)
-        made: fx.Node = self.hops.back(out)
-        return made
-
-    def num_rows(self) -> fx.Node:
-        """How many rows there are here, N."""
-        return self.call("num_rows", aten.sym_size.int, self.order, 0)
-
-    def _gather(self, received: fx.Node) -> fx.Node:
-        """The rows of all ranks that share the experts; their blocks come one rank after the other."""
-        gather, axis = c10d.all_gather_into_tensor.default, self.axes.slice_axis
-        self.table = self.wait("tables", gather, self.table, self.axes.slice, axis)
-        by_rank = self.call("by_rank", aten.unflatten.int, self.table, 0, [self.axes.slice, self.axes.expert])
-        self.sizes = self.call("sizes", aten.sum.dim_IntList, by_rank, [1, 2])
-        return self.call("gathered", ops.gather_rows.default, received, self.sizes, axis)
-
-    def _scatter(self, out: fx.Node) -> fx.Node:
-        axis = self.axes.slice_axis
-        if self.axes.expert > 1:
-            return self.call("added", ops.scatter_rows.default, out, self.sizes, axis)
-        return self.call("added", ops.scatter_rows.default, out, self.sizes, axis, self.num_rows())
-
-
-class _Flat:
-    """One exchange over the whole expert axis; none where one rank holds all experts."""
-
-    def __init__(self, way: _Way) -> None:
-        self.way, self.ranks, self.axis = way, way.axes.expert, way.axes.expert_axis
-
-    def there(self, rows: fx.Node) -> tuple[fx.Node, fx.Node]:
-        call, each = self.way.call, self.way.each
-        if self.ranks == 1:
-            return rows, call("table", aten.unflatten.int, self.way.counts, 0, [1, each])
-        leaving = call("leaving", aten.unflatten.int, self.way.counts, 0, [self.ranks, each])
-        splits = [each] * self.ranks
-        arriving = self.way.wait(
-            "counts_here", c10d.all_to_all_single.default, self.way.counts, splits, splits, self.axis
-        )
-        table = call("arriving", aten.unflatten.int, arriving, 0, [self.ranks, each])
-        self.sent = call("sent", aten.sum.dim_IntList, leaving, [1])
-        self.got = call("got", aten.sum.dim_IntList, table, [1])
-        received = self.way.wait("received", ops.exchange.default, rows, self.sent, self.got, self.axis)
-        return received, table
-
-    def back(self, out: fx.Node) -> fx.Node:
-        if self.ranks == 1:
-            return out
-        args = (out, self.got, self.sent, self.axis, self.way.num_rows())
-        return self.way.wait("returned", ops.exchange.default, *args)
-
-
-class _Hierarchical:
-    """Inside the node first, each rank to the one that stands as its destination does; then between nodes.
-
-    Legend: L ranks inside a node, C nodes; a destination is (c, l), and R = C·L.
-    Source: DeepSpeed-MoE, section 5.3: O(L + R/L) messages, twice the volume.
-    """
-
-    def __init__(self, way: _Way, inside: int) -> None:
-        self.way, self.axes = way, way.axes
-        self.inside, self.nodes = inside, way.axes.expert // inside
-
-    def there(self, rows: fx.Node) -> tuple[fx.Node, fx.Node]:
-        call, each = self.way.call, self.way.each
-        leaving = call("leaving", aten.unflatten.int, self.way.counts, 0, [self.nodes, self.inside, each])
-        by_place = call("by_place", aten.transpose.int, leaving, 0, 1)
-        self.first = self._counts("inside", by_place, self.axes.inside_axis, self.inside, self.nodes)
-        rows = self._turn("turned", rows, leaving)
-        rows = self._hop("inside_rows", rows, self.first, self.axes.inside_axis)
-        by_node = call("by_node", aten.transpose.int, self.first[1], 0, 1)
-        self.second = self._counts("between", by_node, self.axes.between_axis, self.nodes, self.inside)
-        rows = self._turn("turned_again", rows, self.first[1])
-        rows = self._hop("received", rows, self.second, self.axes.between_axis)
-        return rows, call("arriving", aten.flatten.using_ints, self.second[1], 0, 1)
-
-    def back(self, out: fx.Node) -> fx.Node:
-        leaving, between = self.first[0], self.second[0]
-        out = self._return("home_node", out, self.second, self.axes.between_axis)
-        out = self._turn("back_in_order", out, between)
-        out = self._return("home", out, self.first, self.axes.inside_axis, self.way.num_rows())
-        return self._turn("returned", out, leaving)
-
-    def _counts(
-        self, name: str, leaving: fx.Node, axis: str, ranks: int, others: int
-    ) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
-        """(counts leaving, arriving [ranks, others, e]; rows sent to, got from each rank) of one hop."""
-        call, size = self.way.call, others * self.way.each
-        flat = call(f"{name}_leaving", aten.flatten.using_ints, leaving)
-        splits = [size] * ranks
-        counts = self.way.wait(f"{name}_counts", c10d.all_to_all_single.default, flat, splits, splits, axis)
-        arriving = call(f"{name}_arriving", aten.unflatten.int, counts, 0, [ranks, others, self.way.each])
-        sent = call(f"{name}_sent_rows", aten.sum.dim_IntList, leaving, [1, 2])
-        got = call(f"{name}_got", aten.sum.dim_IntList, arriving, [1, 2])
-        return leaving, arriving, sent, got
-
-    def _turn(self, name: str, rows: fx.Node, counts: fx.Node) -> fx.Node:
-        """Rows in blocks (a, b, expert) → (b, a, expert)."""
-        blocks = self.way.call(f"{name}_blocks", aten.sum.dim_IntList, counts, [2])
-        return self.way.call(name, ops.regroup.default, rows, blocks)
-
-    def _hop(self, name: str, rows: fx.Node, hop: tuple[fx.Node, ...], axis: str) -> fx.Node:
-        return self.way.wait(name, ops.exchange.default, rows, hop[2], hop[3], axis)
-
-    def _return(
-        self, name: str, rows: fx.Node, hop: tuple[fx.Node, ...], axis: str, *num_rows: fx.Node
-    ) -> fx.Node:
-        return self.way.wait(name, ops.exchange.default, rows, hop[3], hop[2], axis, *num_rows)
 
 
 def _shapes_only(node: fx.Node) -> bool:
