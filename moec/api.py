@@ -61,8 +61,8 @@ def world_of(plan: Plan, asked: int | None = None) -> int:
     """
     parallel = plan.parallel
     if asked is not None:
-        if asked < 1:
-            raise PlanError("world", f"{asked} ranks", "one rank at least")
+        if type(asked) is not int or asked < 1:
+            raise PlanError("world", f"{asked!r} ranks", "a whole number of ranks, at least one")
         return asked
     if parallel.data != "auto":
         return parallel.data * parallel.tensor

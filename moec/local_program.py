@@ -14,12 +14,15 @@ from moec.errors import PassError
 from moec.ir import regions
 from moec.ir.hollow import hollow
 from moec.ir.local import own_weights
-from moec.ir.mesh import DATA, Mesh
+from moec.ir.mesh import DATA
 from moec.ir.placement import Layout, Placement, Split
 from moec.ir.retarget import on_device
+from moec.passes.arrange_ranks import ArrangeRanks
 from moec.passes.pipeline import partitioned
 from moec.passes.place_dense import logits_split
+from moec.passes.place_experts import PlaceExperts
 from moec.passes.runner import Runner
+from moec.plan import Plan
 from moec.program import IGNORED, Program, at_least_float
 from moec.runtime.aligned_draws import align_draws
 from moec.runtime.trainable import LossTerms
@@ -132,8 +135,11 @@ class LocalProgram(Program):
 
 def partition(program: Program, rank: int) -> LocalProgram:
     """The program of `rank` (see `Program.partition`)."""
-    layout = program.layout or Layout(Mesh())
-    if not 0 <= rank < layout.mesh.world:
+    if program.layout is None:
+        program = _on_one_rank(program)
+    layout = program.layout
+    assert layout is not None
+    if type(rank) is not int or not 0 <= rank < layout.mesh.world:
         found = f"rank {rank} of a program on {layout.mesh.world}"
         raise PassError("partition", found, f"a rank from 0 to {layout.mesh.world - 1}")
     whole = hollow(program)
@@ -146,6 +152,12 @@ def partition(program: Program, rank: int) -> LocalProgram:
     made._whole = (whole,)
     align_draws(made.graph, layout.mesh)
     return made.train(program.training)
+
+
+def _on_one_rank(program: Program) -> Program:
+    """A program that was not placed, placed on a mesh of one rank."""
+    one = [ArrangeRanks(Plan(), world=1), PlaceExperts()]
+    return Program.of(Runner(verify="off").run(program.fork(), one), program.backend)
 
 
 def load_local(

@@ -90,3 +90,22 @@ def test_every_rank_has_the_same_text() -> None:
     first, last = program.partition(0), program.partition(3)
     assert first.text() == last.text()
     assert first.num_parameters() == last.num_parameters() < program.num_parameters()
+
+
+@pytest.mark.parametrize("world", [0, "4", 2.0, True])
+def test_a_world_is_a_number_of_ranks(world: Any) -> None:
+    with pytest.raises(PlanError, match="a whole number of ranks"):
+        compiled(world, {})
+
+
+def test_a_program_that_is_not_placed_has_one_rank() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab=31, seq=16, layers=4, width=24, heads=4, dropout=0.0))
+    program = moec.compile(model, {"moe": PYRAMID}, world=1, verify="off")
+    tokens = torch.randint(31, (2, 9))
+    local = program.partition(0)
+    assert program.layout is None
+    assert torch.equal(local(tokens), program(tokens))
+    torch.testing.assert_close(local.loss(tokens), program.loss(tokens), rtol=1e-6, atol=0)
+    with pytest.raises(moec.PassError, match="a rank from 0 to 0"):
+        program.partition(1)
