@@ -175,7 +175,7 @@ def age(folder: Path) -> None:
     ("damage", "lines"),
     [
         (cut, ["weights.safetensors", "cut short"]),
-        (edit, ["program.py", "edited after saving", "nearest --trust, if the edit is yours"]),
+        (edit, ["program.py", "edited after saving", "; or --trust, if the edit is yours"]),
         (age, ["manifest.json", "version 99", "version 1"]),
         (lambda folder: (folder / "manifest.json").unlink(), ["no manifest.json"]),
     ],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -240,17 +240,16 @@ def test_loaded_ranks_save_again(pair: tuple[moec.Program, Path], tmp_path: Path
     assert comparable(tmp_path / "again") == comparable(folder)
 
 
-def load_and_save(rank: int) -> str:
+def load_and_save(saved: str, folder: str, rank: int) -> str:
     """Where a rank that is a process saved the part that it had loaded."""
-    return str(moec.load(os.environ["MOEC_TEST_SAVED"], rank=rank).save(os.environ["MOEC_TEST_FOLDER"]))
+    return str(moec.load(saved, rank=rank).save(folder))
 
 
-def test_processes_save_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
-    monkeypatch.setenv("MOEC_TEST_SAVED", str(kept))
-    monkeypatch.setenv("MOEC_TEST_FOLDER", str(tmp_path / "together"))
+def test_processes_save_together(tmp_path: Path, kept: Path) -> None:
     layout = layout_of(read_manifest(kept, trust=False))
     assert layout is not None
-    run_processes(layout.mesh, load_and_save)
+    # Arguments, not the environment: processes may come from a server that was started earlier.
+    run_processes(layout.mesh, functools.partial(load_and_save, str(kept), str(tmp_path / "together")))
     assert comparable(tmp_path / "together") == comparable(kept)
 
 
