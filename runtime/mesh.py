@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # gives the collectives of a graph their gradients
 from torch._C import _distributed_c10d as c10d
-from torch.distributed.distributed_c10d import GroupName
 
 from moec.errors import MeshError, OperatorError
 from moec.ir.mesh import WORLD, Mesh
@@ -66,14 +65,24 @@ def registered(
 
     `current` is asked at the end: whether the table that the names stand in is still the same.
     """
+    _require_gradients()
     for name, group in groups.items():  # torch's table refers weakly to them; `groups` keeps them
-        c10d._register_process_group(GroupName(name), group)
+        c10d._register_process_group(name, group)  # type: ignore[arg-type]
     try:
         yield
     finally:
         if current():
             for name in groups:
-                c10d._unregister_process_group(GroupName(name))
+                c10d._unregister_process_group(name)  # type: ignore[arg-type]
+
+
+def _require_gradients() -> None:
+    """Raise `MeshError` where torch would run collectives forward and silently give them no gradient."""
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"):
+        operator = f"_c10d_functional::{name}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "Autograd"):
+            found = f"torch {torch.__version__}, in which {operator} has no gradient"
+            raise MeshError("mesh", found, "a torch whose functional collectives have one", "torch 2.13")
 
 
 def _check_world(mesh: Mesh, world: int) -> None:

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import GroupName
 
 from moec.ir import region_of
 from moec.runtime.ops.groups import group_of
@@ -169,9 +168,9 @@ class WatchedGroup(dist.ProcessGroup):
         return list(self.inner._device_types)
 
     @property
-    def group_name(self) -> GroupName:
+    def group_name(self) -> str:  # type: ignore[override]
         """The axis: what the group is registered under."""
-        return GroupName(self.axis)
+        return self.axis
 
 
 def _noting(method: str, op: str) -> Callable[..., Any]:
@@ -203,5 +202,5 @@ def watched_axes(axes: list[str], trail: Trail) -> Iterator[None]:
 
 
 def _replace(axis: str, group: dist.ProcessGroup) -> None:
-    _unregister_process_group(GroupName(axis))
-    _register_process_group(GroupName(axis), group)
+    _unregister_process_group(axis)  # type: ignore[arg-type]
+    _register_process_group(axis, group)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from moec.errors import MeshError, OperatorError
 from moec.ir.mesh import ExpertAxes, Mesh
-from moec.runtime.mesh import agree, connected
+from moec.runtime.mesh import agree, connected, registered
 from moec.runtime.ops.groups import group_of
 from moec.runtime.rendezvous import meet
 from moec.runtime.simulated import run_ranks
@@ -163,3 +163,9 @@ def test_a_mesh_that_does_not_fit_says_which_would(rendezvous: Any) -> None:
     assert "6 ranks" in said
     assert "8 ranks: data 2 × tensor 4" in said
     assert "data 3 × tensor 2; tensor, expert and slice can be 1, 2, 3, 6 here" in said
+
+
+def test_a_torch_without_gradients_of_collectives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    with pytest.raises(MeshError, match="all_reduce has no gradient"), registered({}):
+        pass
