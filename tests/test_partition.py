@@ -13,6 +13,7 @@ from torch import nn
 import moec
 from examples.gpt import GPT, GPTConfig
 from moec.plan import Plan
+from moec.runtime.simulated import run_ranks
 from moec.testing import decoders_and_plans
 from tests.whole_and_parts import assert_parts_are_the_whole
 
@@ -103,6 +104,23 @@ def test_ranks_without_tokens(sequences: int) -> None:
     plan = {"moe": {**PR_MOE, "init": "fresh"}, "parallel": {"expert": 4}, "compile": {"dtype": "fp64"}}
     program = moec.compile(small_gpt(), plan, world=4, verify="off")
     assert_parts_are_the_whole(program, *batch(sequences, 1))
+
+
+def test_ranks_with_sequences_of_other_lengths() -> None:
+    """Each rank has its own batch and length: the task loss is the mean over all their tokens."""
+    moe = {"layers": "1::2", "experts": 3, "top_k": 2, "init": "fresh"}
+    plan = {"moe": moe, "parallel": {"expert": 3}, "compile": {"dtype": "fp64"}}
+    program = moec.compile(small_gpt(), plan, world=3, verify="off")
+    batches = [batch(*size) for size in ((2, 7), (1, 1), (4, 3))]
+
+    def task(rank: int) -> torch.Tensor:
+        return program.partition(rank).loss_terms(*batches[rank])["task"].detach()
+
+    assert program.layout is not None
+    found = torch.stack(run_ranks(program.layout.mesh, task)).sum()
+    sums = [program.loss_terms(*one)["task"].detach() * one[0].numel() for one in batches]
+    needed = torch.stack(sums).sum() / sum(one[0].numel() for one in batches)
+    torch.testing.assert_close(found, needed, rtol=1e-12, atol=0)
 
 
 def test_fp32() -> None:
