@@ -140,8 +140,3 @@ def training_flag(graph: fx.Graph) -> fx.Node:
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         return graph.create_node("get_attr", "training", name="training")
-
-
-def is_floating(value: object) -> bool:
-    """Whether `value` is a tensor of floating-point numbers."""
-    return isinstance(value, Tensor) and torch.is_floating_point(value)

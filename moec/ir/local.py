@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
 
-from .graphs import attribute, named_weights
+from .graphs import named_weights
 from .placement import Layout, Placement
 
 
@@ -48,9 +48,3 @@ def own_weights(root: fx.GraphModule, shared_with: fx.GraphModule) -> None:
                 made[id(value)] = _part(value, Placement(), {})
             owner, _, leaf = name.rpartition(".")
             _swap(root.get_submodule(owner), leaf, made[id(value)])
-
-
-def is_held(root: fx.GraphModule, layout: Layout, name: str) -> bool:
-    """Whether the weight `name` of `root` is a local part already: its shape is not the whole one."""
-    value = attribute(root, name)
-    return isinstance(value, Tensor) and tuple(value.shape) != layout.shapes.get(name, tuple(value.shape))

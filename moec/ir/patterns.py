@@ -103,13 +103,6 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def erase_dead(nodes: Iterable[fx.Node]) -> None:
-    """Erase those of `nodes` (in graph order) that nobody reads, last first."""
-    for node in reversed(list(nodes)):
-        if not node.users and node.op not in ("placeholder", "output"):
-            node.graph.erase_node(node)
-
-
 def for_each(graph: fx.Graph, rewrite: Callable[[fx.Node], None]) -> None:
     """Apply `rewrite` to every call in graph order; nodes erased on the way are passed over."""
     for node in list(graph.nodes):

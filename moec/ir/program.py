@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -271,8 +271,3 @@ def _irreversible(lost: dict[str, str]) -> VerifyError:
         "rewrites that can be undone: untouched or split weights, or expert copies that are still equal",
         "to_dense_state_dict(strict=False) leaves them out",
     )
-
-
-def renamed_source(source: Source, name: str) -> Source:
-    """The same source under another display name."""
-    return replace(source, name=name)
