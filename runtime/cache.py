@@ -1,7 +1,7 @@
 """The memory of a decoder: keys and values of every attention, for a fixed number of rows and positions.
 
-Allocated once; rows are written in place by `moec.remember`. A row that is finished gives its place to the last
-one, so the rows in use are always the first ones and a step reads no others.
+Allocated once; rows are written in place by `moec.remember`. A row that is finished gives its place to the
+last one, so the rows in use are always the first ones and a step reads no others.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slot:
-    """One cached value. `shape`: its sizes for one row and one position (`shape[0]` rows of dim 0 belong to each
-    row of the batch); `dim`: where the positions are."""
+    """One cached value. `shape`: its sizes for one row and one position (`shape[0]` rows of dim 0 belong to
+    each row of the batch); `dim`: where the positions are."""
 
     name: str
     shape: tuple[int, ...]

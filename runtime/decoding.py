@@ -32,11 +32,11 @@ class Decoding(Protocol):
         ...
 
     def step(self, tokens_Bn: Tensor, past_B: Tensor, wanted_Bm: Tensor, cache: Cache, length: int) -> Tensor:
-        """Logits `[B, m, V]` of the positions `wanted_Bm` (i64, each below n) among the n new ones of each row.
+        """Logits `[B, m, V]` of the positions `wanted_Bm` (i64, each below n) among the n new ones.
 
-        Row b of `tokens_Bn` (i64) are its tokens at positions `past_B[b] … past_B[b] + n - 1`; the first B rows
-        of `cache` hold those before and are written in place. `length`: positions of the cache to look at, at
-        least max(past) + n. A row shorter than n is padded on the right with any token: what it writes there is
-        never seen, as long as its next step begins at its true length.
+        Row b of `tokens_Bn` (i64) are its tokens at positions `past_B[b] … past_B[b] + n - 1`; the first B
+        rows of `cache` hold those before and are written in place. `length`: positions of the cache to look
+        at, at least max(past) + n. A row shorter than n is padded on the right with any token: what it writes
+        there is never seen, as long as its next step begins at its true length.
         """
         ...
