@@ -7,6 +7,7 @@ last one, so the rows in use are always the first ones and a step reads no other
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,16 @@ class Cache:
             tensor.narrow(0, 0, slot.shape[0] * rows).narrow(slot.dim, 0, length)
             for slot, tensor in zip(self.slots, self.tensors, strict=True)
         )
+
+    def part(self, first: int, rows: int) -> Cache:
+        """`rows` rows from `first` on as a cache of their own: the same memory, seen through other numbers."""
+        made = copy(self)
+        made.rows = rows
+        made.tensors = tuple(
+            tensor.narrow(0, slot.shape[0] * first, slot.shape[0] * rows)
+            for slot, tensor in zip(self.slots, self.tensors, strict=True)
+        )
+        return made
 
     def move(self, source: int, target: int, used: int) -> None:
         """Copy the first `used` positions of row `source` over those of row `target`."""
