@@ -55,10 +55,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
     # Gather and add, not scatter-add: the same order of additions every time, on every device.
     (order_N,) = ctx.saved_tensors
-    places_TK = invert(order_N).unflatten(0, (-1, ctx.top_k))
-    if ctx.top_k == 1:
-        return grad_ND.index_select(0, places_TK.squeeze(1)), None, None
-    return F.embedding_bag(places_TK, grad_ND, mode="sum"), None, None
+    return sum_rows(grad_ND, order_N, ctx.top_k), None, None
+
+
+def sum_rows(rows_ND: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    """For each token the sum of its rows [T,D]: what `dispatch` is transposed."""
+    places_TK = invert(order_N).unflatten(0, (-1, top_k))
+    if top_k == 1:
+        return rows_ND.index_select(0, places_TK.squeeze(1))
+    return F.embedding_bag(places_TK, rows_ND, mode="sum")
 
 
 define("dispatch(Tensor x, Tensor order, int top_k) -> Tensor", _dispatch, _fake)

@@ -8,6 +8,7 @@ draws come from `draws`, in the same order as the operators, so equal seeds give
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from decimal import Decimal
 
 import torch
@@ -20,6 +21,9 @@ def router(x: Tensor, weight: Tensor) -> Tensor:
     """Scores [T,E], one dot product at a time, in float32 at least."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, torch.float32), weight.dtype)
     return torch.stack([torch.stack([(row * w).sum() for w in weight.to(dtype)]) for row in x.to(dtype)])
+
+
+_scores = router  # where an argument has that name
 
 
 def route(
@@ -146,3 +150,55 @@ def z_loss(scores: Tensor) -> Tensor:
     """Mean over tokens of the squared logarithm of the sum of exponentials."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return torch.stack([torch.logsumexp(row, 0) ** 2 for row in scores]).mean()
+
+
+def gate(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    gate: str,
+    noise: str,
+    capacity_factor: float,
+    eval_capacity_factor: float,
+    min_capacity: int,
+    random: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scores, weights, experts, order and counts, by the three definitions above."""
+    scores = _scores(x, router)
+    weights, experts = route(scores, bias, top_k, gate, noise, training)
+    limits = (capacity_factor, eval_capacity_factor, min_capacity, random, training)
+    return scores, weights, experts, *assign(experts, router.shape[0], *limits)
+
+
+def moe_ffn(
+    x: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    matrices: list[Tensor],
+    biases: list[Tensor | None],
+    formula: Callable[..., Tensor],
+    dense: Tensor | None = None,
+    mix: Tensor | None = None,
+) -> Tensor:
+    """Each kept slot of each token: up products of its expert, the formula, the down product, its weight.
+
+    Here the formula is a function of tensors, so that it is not read by what is tested.
+    """
+    turns = [expert for expert, count in enumerate(counts.tolist()) for _ in range(count)]
+    sums = [x.new_zeros(matrices[-1].shape[1]) for _ in x]
+    for slot, expert in zip(order.tolist(), turns, strict=False):
+        token, choice = divmod(slot, weights.shape[1])
+        ups = [_affine(x[token], m[expert], b, expert) for m, b in zip(matrices[:-1], biases, strict=False)]
+        out = _affine(formula(*ups), matrices[-1][expert], biases[-1], expert)
+        sums[token] = sums[token] + weights[token, choice] * out
+    y = torch.stack(sums)
+    if dense is None:
+        return y
+    return y + dense if mix is None else y * mix[:, :1] + dense * mix[:, 1:]
+
+
+def _affine(row: Tensor, matrix: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    return matrix @ row if bias is None else matrix @ row + bias[expert]

@@ -93,11 +93,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad_TK: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    scores, weights_TK, experts_TK = ctx.saved_tensors
-    scores_TE = scores.to(weights_TK.dtype)
-    through = _through_softmax if ctx.gate in ("probability", "straight-through") else _through_chosen
-    grad_TE = through(scores_TE, weights_TK, experts_TK, grad_TK, ctx.gate)
-    return grad_TE.to(scores.dtype), None, None, None, None, None
+    return route_backward(*ctx.saved_tensors, grad_TK, ctx.gate), None, None, None, None, None
+
+
+def route_backward(scores: Tensor, weights: Tensor, experts: Tensor, grad: Tensor, gate: str) -> Tensor:
+    """The gradient of `scores` [T,E] for `grad` [T,K] at the weights that `gate` gave `experts`."""
+    through = _through_softmax if gate in ("probability", "straight-through") else _through_chosen
+    return through(scores.to(weights.dtype), weights, experts, grad, gate).to(scores.dtype)
 
 
 def _through_softmax(scores_TE: Tensor, w_TK: Tensor, experts_TK: Tensor, grad_TK: Tensor, _: str) -> Tensor:

@@ -18,13 +18,15 @@ from torch import Tensor
 from moec.runtime.ops.registry import define, demand, differentiate, wide
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def check_router(x: Tensor, weight: Tensor) -> None:
+    """Raise an `OperatorError` for arguments that `moec::router` cannot mean anything by."""
     demand(x.dim() == 2, "router", f"x with {x.dim()} dimensions", "x [T, D]")
     fits = weight.dim() == 2 and weight.shape[1] == x.shape[1]
     demand(fits, "router", f"weight {list(weight.shape)}", f"weight [E, {x.shape[1]}]")
 
 
-def _dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+def router_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the scores."""
     return torch.promote_types(wide(x.dtype), weight.dtype)
 
 
@@ -35,13 +37,13 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _router(x: Tensor, weight: Tensor) -> Tensor:
-    _check(x, weight)
-    return _product(x, weight.t(), _dtype(x, weight))
+    check_router(x, weight)
+    return _product(x, weight.t(), router_dtype(x, weight))
 
 
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
-    _check(x, weight)
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=_dtype(x, weight))
+    check_router(x, weight)
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=router_dtype(x, weight))
 
 
 def _router_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
