@@ -62,7 +62,7 @@ class Batch:
     ) -> int:
         """Queue a text; gives the id that its events carry. `row`: which stream of draws of the seed is its.
 
-        Raises `DataError` for an empty prompt, tokens outside of the vocabulary, and a text that does not fit.
+        Raises `DataError` for an empty prompt, a token outside of the vocabulary, a text that does not fit.
         """
         self._require_fit(prompt, max_new_tokens)
         sampling = sampling or Sampling()

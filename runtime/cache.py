@@ -46,7 +46,7 @@ class Cache:
         )
 
     def part(self, first: int, rows: int) -> Cache:
-        """`rows` rows from `first` on as a cache of their own: the same memory, seen through other numbers."""
+        """`rows` rows from `first` on as a cache of their own, in the same memory."""
         made = copy(self)
         made.rows = rows
         made.tensors = tuple(

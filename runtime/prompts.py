@@ -75,9 +75,8 @@ def _of_tensor(tokens: Tensor, mask: Tensor | None) -> tuple[tuple[int, ...], ..
     if mask.shape != tokens.shape:
         raise DataError("generate", f"a mask {list(mask.shape)}", f"a mask {list(tokens.shape)}")
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise DataError(
-            "generate", f"a mask with the value {float(mask.max())}", "true and false, or 1 and 0"
-        )
+        found = f"a mask with values from {float(mask.min())} to {float(mask.max())}"
+        raise DataError("generate", found, "true and false, or 1 and 0")
     pairs = zip(tokens.tolist(), mask.bool().tolist(), strict=True)
     return tuple(_unpadded(row, seen, number) for number, (row, seen) in enumerate(pairs))
 
@@ -88,9 +87,8 @@ def _unpadded(tokens: list[int], seen: list[bool], number: int) -> tuple[int, ..
     first, last = seen.index(True), len(seen) - seen[::-1].index(True)
     if not all(seen[first:last]):
         hole = first + seen[first:last].index(False)
-        raise DataError(
-            "generate", f"a mask with a hole, row {number} at {hole}", "padding at the ends alone"
-        )
+        found = f"a mask with a hole, in row {number} at {hole}"
+        raise DataError("generate", found, "padding at the ends alone")
     return tuple(tokens[first:last])
 
 

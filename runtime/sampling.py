@@ -83,7 +83,7 @@ class Draws:
     """The numbers a row draws: a stream of its own, told by the seed and the row's number alone."""
 
     def __init__(self, seed: int, row: int) -> None:
-        self._stream = np.random.default_rng([seed, row])
+        self._stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(row,)))
 
     def next(self) -> float:
         """The next one, in [0, 1)."""
