@@ -1,0 +1,78 @@
+"""How large the tiles of a product are, by what it multiplies: one small table, and the reasons.
+
+`height` rows by `width` columns of the result, `depth` of the summed dim a step; `warps` and `stages` (steps
+loaded ahead) as Triton names them; `group`: tiles that share columns before the next columns are taken, so that
+weights stay in the L2 cache.
+
+*16 bits.* A warp group of Hopper multiplies 64 rows by up to 256 columns; two of them and 256 columns of float32
+sums (128 with two leaves, whose sums are kept side by side) fill the registers without spilling, and three
+stages of such tiles fit into 228 KB. Lower tiles where experts have few rows: a tile of 128 rows with 20 filled
+wastes five sixths of its products. *32 bits* without TF32 is multiplied by the ordinary units, where 64 × 64 is
+large enough. *decode*: rows are few and the time is that of reading weights, so many narrow programs with deep
+steps keep the memory busy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.runtime.ops.triton.launch import SIXTEEN_BITS, power_of_two
+
+KINDS = ("rows", "outer", "decode")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one launch; see the table."""
+
+    height: int
+    width: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's launcher takes."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# (kind, 16 bits, leaves beyond one) -> shape for tall stretches of rows
+_TABLE = {
+    ("rows", True, False): Shape(128, 256, 64, 8, 3),
+    ("rows", True, True): Shape(128, 128, 64, 8, 3),
+    ("rows", False, False): Shape(64, 64, 32, 4, 3),
+    ("rows", False, True): Shape(64, 64, 16, 8, 3),
+    ("outer", True, False): Shape(128, 256, 64, 8, 3),
+    ("outer", False, False): Shape(64, 64, 32, 4, 3),
+    ("decode", True, False): Shape(16, 16, 512, 4, 3),
+    ("decode", True, True): Shape(16, 16, 256, 4, 3),
+    ("decode", False, False): Shape(16, 16, 256, 4, 2),
+    ("decode", False, True): Shape(16, 16, 128, 4, 2),
+}
+
+
+def shape_for(
+    kind: str, dtype: torch.dtype, rows_per_expert: int, width: int, depth: int, leaves: int = 1
+) -> Shape:
+    """The entry of the table, no larger than the product needs.
+
+    `rows_per_expert`: on average; of `outer`, the first dim of the result instead.
+    """
+    entry = _TABLE[kind, dtype in SIXTEEN_BITS, leaves > 1]
+    height = min(entry.height, power_of_two(rows_per_expert, 16))
+    columns = min(entry.width // (2 if leaves > 2 else 1), power_of_two(width, 16))
+    # Small tiles have no work for many warps: 4096 elements of the result each keep one warp group busy.
+    warps = entry.warps if height * columns >= 64 * 128 else min(entry.warps, 4)
+    return Shape(height, columns, min(entry.depth, power_of_two(depth, 16)), warps, entry.stages, entry.group)
+
+
+def splits_for(programs: int, depth: int, step: int, processors: int) -> int:
+    """Into how many parts a decode kernel cuts the summed dim: until there are some four programs a processor."""
+    most = max(1, depth // (2 * step))
+    wanted = -(-4 * processors // max(programs, 1))
+    return power_of_two(min(most, wanted, 8) // 2 + 1) if min(most, wanted) > 1 else 1
