@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -288,11 +289,9 @@ def test_what_just_fits_is_written() -> None:
 
 def test_an_unknown_option_is_no_option() -> None:
     with pytest.raises(TypeError, match="temprature"):
-        generate(decoding(), [[1]], 1, temprature=1.0)
+        generate(decoding(), [[1]], 1, temprature=1.0)  # type: ignore[call-arg]
 
 
 def test_the_options_are_the_keywords_of_a_request() -> None:
-    import inspect
-
     keywords = set(inspect.signature(Request.of).parameters) - {"tokens", "max_new_tokens"}
     assert keywords - {"vocabulary", "max_positions"} == set(Options.__annotations__)
