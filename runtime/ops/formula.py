@@ -160,7 +160,7 @@ class _Reader:
         match tree:
             case ast.Name(id=name):
                 return self._leaf(name)
-            case ast.Constant(value=value) if type(value) in (int, float) and math.isfinite(value):
+            case ast.Constant(value=int() | float() as value) if _is_number(value):
                 return Number(value)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return self._call("neg", [self._expression(operand)])
@@ -237,6 +237,10 @@ def _part(expression: Expression, part: Leaf) -> Expression:
     if isinstance(expression, Call):
         return Call(expression.function, tuple(_part(argument, part) for argument in expression.arguments))
     return expression
+
+
+def _is_number(value: float) -> bool:
+    return not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_power(exponent: Expression) -> bool:

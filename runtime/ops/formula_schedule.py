@@ -140,7 +140,7 @@ def _fold(function: str, operands: Sequence[Operand]) -> Operand | None:
     if all(value is not None for value in values):
         if function == "neg":
             return Number(-values[0])  # type: ignore[operator]
-        return Number(_FOLDS[function](*values))  # type: ignore[arg-type]
+        return Number(_FOLDS[function](*values))
     if function == "mul" and 0 in values:
         return Number(0)
     if function == "mul" and 1 in values:

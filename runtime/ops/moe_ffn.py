@@ -306,7 +306,7 @@ def _with_gradient(
                 x, weights, order, counts, matrices, biases, formula, dense, mix, save
             )
     shape = (formula, len(matrices), tuple(bias is not None for bias in biases))
-    y, *ups = _Layer.apply(shape, *tensors)  # type: ignore[no-untyped-call]
+    y, *ups = _Layer.apply(shape, *tensors)
     return y, ups if save else []
 
 

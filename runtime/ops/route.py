@@ -93,7 +93,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad_TK: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return route_backward(*ctx.saved_tensors, grad_TK, ctx.gate), None, None, None, None, None
+    scores, weights_TK, experts_TK = ctx.saved_tensors
+    return route_backward(scores, weights_TK, experts_TK, grad_TK, ctx.gate), *[None] * 5
 
 
 def route_backward(scores: Tensor, weights: Tensor, experts: Tensor, grad: Tensor, gate: str) -> Tensor:

@@ -137,7 +137,12 @@ def test_saves_the_up_products_and_nothing_wider() -> None:
     kept: list[Tensor] = []
     inputs, _, found = layer(Case(top_k=3), INNERS[2], "none")
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         found(*leaves)
     known = {tensor.data_ptr() for tensor in leaves}
     made = [tensor for tensor in kept if tensor.data_ptr() not in known and tensor.is_floating_point()]
