@@ -1,9 +1,9 @@
 """A feed-forward of a few tokens: each used expert is read once, and reading it is all the time there is.
 
 With at most 16 tokens an expert has at most 16 rows, one tile. Programs are narrow and many, so that every
-processor has several reads in flight; the summed dim of the down product is cut into parts for the same reason,
-whose sums are added afterwards in one order. One token alone is not padded to 16 rows: its products are taken
-by the ordinary units, a tile of weights times one row.
+processor has several reads in flight; the summed dim of the down product is cut into parts for the same
+reason, whose sums are added afterwards in one order. One token alone is not padded to 16 rows: its products
+are taken by the ordinary units, a tile of weights times one row.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def decode_up(
         x_TD, order_N, tiles.table, tiles.most,
         tuple(matrices), strides(matrices), *biases_of(biases, x_TD),
         out_NF, width, depth, x_TD.stride(0), x_TD.stride(1),
-        top_k, matrices[0].shape[0], len(matrices), tuple(bias is not None for bias in biases), formula.forward,
-        precision(x_TD.dtype), x_TD.shape[0] == 1, shape.height, shape.width, shape.depth, **shape.options,
+        top_k, matrices[0].shape[0], len(matrices), tuple(bias is not None for bias in biases),
+        formula.forward, precision(x_TD.dtype), x_TD.shape[0] == 1,
+        shape.height, shape.width, shape.depth, **shape.options,
     )  # fmt: skip
     return out_NF
 
@@ -58,7 +59,8 @@ def decode_down(
     splits: int,
     alone: bool,
 ) -> Tensor:
-    """rows times the matrix transposed, plus bias, in slot order, as `splits` parts f32 [S, N, D] to be added.
+    """rows times the matrix transposed, plus bias, in slot order, as `splits` parts f32 [S, N, D] to be
+    added.
 
     `alone`: there is one token, so every expert has one row at most.
     """
@@ -79,7 +81,7 @@ def decode_down(
 
 @triton.jit
 def _multiply(
-    left_rows, left_column, inside, weights, strides, LEAF: tl.constexpr, expert, n, begin, end,
+    left_rows, left_column, inside, weights, strides, LEAF: tl.constexpr, expert, n, begin, end, width, depth,
     INPUT: tl.constexpr, ALONE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Rows times one leaf's matrix of one expert, over places begin to end of the summed dim."""
@@ -89,13 +91,15 @@ def _multiply(
     for start in range(begin, end, DEPTH):
         k = start + tl.arange(0, DEPTH)
         tile = base + n[:, None] * strides[3 * LEAF + 1] + k[None, :] * strides[3 * LEAF + 2]
-        right = tl.load(tile, mask=(k < end)[None, :], other=0.0, eviction_policy="evict_first")
+        right = tl.load(
+            tile, mask=(k < depth)[None, :] & (n < width)[:, None], other=0.0, eviction_policy="evict_first"
+        )
         if ALONE:
             # Row 0 is the only one: added up across the tile once, after the loop.
-            left = tl.load(left_rows + k * left_column, mask=k < end, other=0.0)
+            left = tl.load(left_rows + k * left_column, mask=k < depth, other=0.0)
             products += right.to(tl.float32) * left.to(tl.float32)[None, :]
         else:
-            seen = inside[:, None] & (k < end)[None, :]
+            seen = inside[:, None] & (k < depth)[None, :]
             left = tl.load(left_rows[:, None] + k[None, :] * left_column, mask=seen, other=0.0)
             sums = tl.dot(left, tl.trans(right), sums, input_precision=INPUT)
     if ALONE:
@@ -120,23 +124,22 @@ def _decode_up(
     row = first + tl.arange(0, HEIGHT)
     inside = row < tl.load(table + 2 * most + tile)
     n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    n_safe = tl.where(n < width, n, 0)
     if ALONE:
         left = x
     else:
         left = x + (tl.load(order + row, mask=inside, other=0) // TOP_K).to(tl.int64) * x_row
-    sums0 = _multiply(left, x_column, inside, weights, weight_strides, 0, expert, n_safe, 0, depth,
+    sums0 = _multiply(left, x_column, inside, weights, weight_strides, 0, expert, n, 0, depth, width, depth,
                       INPUT, ALONE, HEIGHT, WIDTH, DEPTH)  # fmt: skip
-    sums0 = add_bias(sums0, biases, bias_strides, 0, BIASES, expert, n_safe)
+    sums0 = add_bias(sums0, biases, bias_strides, 0, BIASES, expert, n, width)
     sums1, sums2 = sums0, sums0
     if LEAVES > 1:
-        sums1 = _multiply(left, x_column, inside, weights, weight_strides, 1, expert, n_safe, 0, depth,
-                          INPUT, ALONE, HEIGHT, WIDTH, DEPTH)  # fmt: skip
-        sums1 = add_bias(sums1, biases, bias_strides, 1, BIASES, expert, n_safe)
+        sums1 = _multiply(left, x_column, inside, weights, weight_strides, 1, expert, n, 0, depth, width,
+                          depth, INPUT, ALONE, HEIGHT, WIDTH, DEPTH)  # fmt: skip
+        sums1 = add_bias(sums1, biases, bias_strides, 1, BIASES, expert, n, width)
     if LEAVES > 2:
-        sums2 = _multiply(left, x_column, inside, weights, weight_strides, 2, expert, n_safe, 0, depth,
-                          INPUT, ALONE, HEIGHT, WIDTH, DEPTH)  # fmt: skip
-        sums2 = add_bias(sums2, biases, bias_strides, 2, BIASES, expert, n_safe)
+        sums2 = _multiply(left, x_column, inside, weights, weight_strides, 2, expert, n, 0, depth, width,
+                          depth, INPUT, ALONE, HEIGHT, WIDTH, DEPTH)  # fmt: skip
+        sums2 = add_bias(sums2, biases, bias_strides, 2, BIASES, expert, n, width)
     result = FORMULA(sums0, sums1, sums2).to(out.dtype.element_ty)
     wanted = inside[:, None] & (n < width)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * width + n[None, :], result, mask=wanted)
@@ -158,7 +161,6 @@ def _decode_down(
     row = first + tl.arange(0, HEIGHT)
     inside = row < tl.load(table + 2 * most + tile)
     n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    n_safe = tl.where(n < width, n, 0)
     sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
     if expert < EXPERTS:
         if ALONE:
@@ -166,12 +168,12 @@ def _decode_down(
         else:
             left = rows + row.to(tl.int64) * depth
         begin = split * part
-        end = tl.minimum(depth, begin + part)
-        sums = _multiply(left, 1, inside, weights, weight_strides, 0, expert, n_safe, begin, end,
-                         INPUT, ALONE, HEIGHT, WIDTH, DEPTH)  # fmt: skip
+        sums = _multiply(left, 1, inside, weights, weight_strides, 0, expert, n, begin, begin + part, width,
+                         depth, INPUT, ALONE, HEIGHT, WIDTH, DEPTH)  # fmt: skip
         if BIAS:
             if split == 0:
-                added = tl.load(bias + expert.to(tl.int64) * bias_expert + n_safe * bias_column)
+                base = bias + expert.to(tl.int64) * bias_expert
+                added = tl.load(base + n * bias_column, mask=n < width, other=0.0)
                 sums += added.to(tl.float32)[None, :]
     slot = tl.load(order + row, mask=inside, other=0)
     places = out + split.to(tl.int64) * part_size + slot.to(tl.int64)[:, None] * width + n[None, :]

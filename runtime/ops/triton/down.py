@@ -33,8 +33,9 @@ def scatter(
 ) -> Tensor:
     """sum over l of rows[l] [N, F] times matrices[l] [E, D, F] transposed, plus bias, in slot order [N, D].
 
-    `dtype` of the result: that of the rows, where it is not given. Dropped slots get zeros. `weights_N`, `dense_TD`, `mix_T2` (of one choice a token alone): the result is
-    rows·weights, + dense, or each times its column of mix.
+    `dtype` of the result: that of the rows, where it is not given. Dropped slots get zeros. `weights_N`,
+    `dense_TD`, `mix_T2` (of one choice a token alone): the result is rows·weights, + dense, or each times its
+    column of mix.
     """
     (num_rows, depth), width = rows[0].shape, matrices[0].shape[1]
     out_ND = rows[0].new_empty(num_rows, width, dtype=dtype or rows[0].dtype)
@@ -56,11 +57,15 @@ def _or_spare(tensor: Tensor | None, spare: Tensor) -> tuple[Tensor, int, int]:
     """A pointer and two strides; for what is absent, those of another tensor, which are not used."""
     if tensor is None:
         return spare, 0, 0
-    return (tensor, tensor.stride(0), tensor.stride(1)) if tensor.dim() == 2 else (tensor, tensor.stride(0), 0)
+    return (
+        (tensor, tensor.stride(0), tensor.stride(1)) if tensor.dim() == 2 else (tensor, tensor.stride(0), 0)
+    )
 
 
 @triton.jit
-def with_dense(sums, dense, dense_row, dense_column, mix, mix_row, mix_column, token, n, seen, MIX: tl.constexpr):
+def with_dense(
+    sums, dense, dense_row, dense_column, mix, mix_row, mix_column, token, n, seen, MIX: tl.constexpr
+):
     """sums + dense, or each times its column of mix, for rows `token` and columns `n`."""
     places = dense + token.to(tl.int64)[:, None] * dense_row + n[None, :] * dense_column
     other = tl.load(places, mask=seen, other=0.0).to(tl.float32)
@@ -86,23 +91,24 @@ def _scatter(
     expert = tl.load(table + tile)
     if expert < 0:
         return
-    row = tl.load(table + most + tile) + tl.arange(0, HEIGHT)
-    inside = row < tl.load(table + 2 * most + tile)
+    first = tl.load(table + most + tile)
+    local = tl.arange(0, HEIGHT)
+    inside = first + local < tl.load(table + 2 * most + tile)
     n = column * WIDTH + tl.arange(0, WIDTH)
-    n_safe = tl.where(n < width, n, 0)
     sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
     if expert < EXPERTS:
         for leaf in tl.static_range(LEAVES):
             for start in range(0, depth, DEPTH):
                 k = start + tl.arange(0, DEPTH)
                 seen = inside[:, None] if EVEN else inside[:, None] & (k < depth)[None, :]
-                left = tl.load(leaf_places(rows, row_strides, leaf, row, k), mask=seen, other=0.0)
-                right = load_weights(weights, weight_strides, leaf, expert, n_safe, k, depth, EVEN)
+                left = tl.load(leaf_places(rows, row_strides, leaf, first, local, k), mask=seen, other=0.0)
+                right = load_weights(weights, weight_strides, leaf, expert, n, k, width, depth, EVEN)
                 sums = tl.dot(left, right, sums, input_precision=INPUT)
         if BIAS:
-            added = tl.load(bias + expert.to(tl.int64) * bias_expert + n_safe * bias_column)
+            base = bias + expert.to(tl.int64) * bias_expert
+            added = tl.load(base + n * bias_column, mask=n < width, other=0.0)
             sums += added.to(tl.float32)[None, :]
-    slot = tl.load(order + row, mask=inside, other=0)
+    slot = tl.load(order + first + local, mask=inside, other=0)
     seen = inside[:, None] & (n < width)[None, :]
     if WEIGH:
         sums *= tl.load(slot_weights + slot)[:, None]
@@ -131,8 +137,9 @@ def combine(
     height = max(1, 1024 // block)
     launch(
         _combine, (triton.cdiv(tokens, height), triton.cdiv(width, block)),
-        parts_SND, *_or_spare(weights_N, out_TD)[:1], *_or_spare(dense_TD, out_TD), *_or_spare(mix_T2, out_TD),
-        out_TD, tokens, width, slots * width, splits, top_k, weights_N is not None, dense_TD is not None, mix_T2 is not None,
+        parts_SND, *_or_spare(weights_N, out_TD)[:1],
+        *_or_spare(dense_TD, out_TD), *_or_spare(mix_T2, out_TD), out_TD, tokens, width, slots * width,
+        splits, top_k, weights_N is not None, dense_TD is not None, mix_T2 is not None,
         height, block, num_warps=4,
     )  # fmt: skip
     return out_TD
@@ -140,7 +147,8 @@ def combine(
 
 @triton.jit
 def _combine(
-    parts, slot_weights, dense, dense_row, dense_column, mix, mix_row, mix_column, out, tokens, width, part_size,
+    parts, slot_weights, dense, dense_row, dense_column, mix, mix_row, mix_column,
+    out, tokens, width, part_size,
     SPLITS: tl.constexpr, TOP_K: tl.constexpr, WEIGH: tl.constexpr, DENSE: tl.constexpr, MIX: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip

@@ -1,12 +1,12 @@
 """How a kernel is started, on a GPU, in Triton's interpreter, or only compiled.
 
-Triton decides when it is first imported: with ``TRITON_INTERPRET=1`` in the environment kernels run as NumPy on
-CPU tensors, which is how they are tested where there is no GPU.
+Triton decides when it is first imported: with ``TRITON_INTERPRET=1`` in the environment kernels run as NumPy
+on CPU tensors, which is how they are tested where there is no GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -67,18 +67,7 @@ def power_of_two(number: int, least: int = 1) -> int:
     return max(triton.next_power_of_2(max(number, 1)), least)
 
 
-def _scalars_from_arrays() -> None:
-    """NumPy 2.4 no longer makes an int of an array of one element, which Triton 3.6's interpreter relies on."""
-    from triton.runtime import interpreter
-
-    patch: Callable[..., None] = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-
-
 if interpreted():
-    _scalars_from_arrays()
+    from moec.runtime.ops.triton.interpreter import mend
+
+    mend()

@@ -1,8 +1,8 @@
 """`moe_ffn_forward` and `moe_ffn_backward` by the kernels of this package.
 
-Forward: up products, formula; down product to slots; sum of slots. For at most 16 tokens without a backward, the
-kernels of `decode`. Backward: `pull_back`, the gradients of the matrices, the gradient of x. What is kept for it
-are the up products [N, F] alone.
+Forward: up products, formula; down product to slots; sum of slots. For at most 16 tokens without a backward,
+the kernels of `decode`. Backward: `pull_back`, the gradients of the matrices, the gradient of x. What is kept
+for it are the up products [N, F] alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from moec.runtime.ops.formula import Formula
+from moec.runtime.ops.formula import Formula, read_formula
 from moec.runtime.ops.formula_tree import Leaf
 from moec.runtime.ops.moe_ffn import check_moe_ffn, result_dtype
 from moec.runtime.ops.triton.decode import MOST_TOKENS, decode_down, decode_up
@@ -23,11 +23,13 @@ from moec.runtime.ops.triton.gradients import pull_back
 from moec.runtime.ops.triton.launch import demand_device
 from moec.runtime.ops.triton.outer import outer, sums_by_expert
 from moec.runtime.ops.triton.pointwise import Pointwise, pointwise
+from moec.runtime.ops.triton.pointwise import refusal as formula_refusal
 from moec.runtime.ops.triton.shapes import shape_for, splits_for
 from moec.runtime.ops.triton.tiles import Tiles, cut
 from moec.runtime.ops.triton.up import up
 
 Biases = Sequence[Tensor | None]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -98,24 +100,36 @@ class Layer:
 
 
 def _part(leaf: Leaf, tensor: Tensor, dim: int) -> Tensor:
-    return tensor if leaf.is_whole else tensor[(slice(None),) * dim + (slice(leaf.start, leaf.stop, leaf.step),)]
+    return (
+        tensor if leaf.is_whole else tensor[(slice(None),) * dim + (slice(leaf.start, leaf.stop, leaf.step),)]
+    )
+
+
+def _places(formula: Formula, place: int, width: int) -> list[int]:
+    """The places that are read of a parameter of this width, as often as they are."""
+    name = formula.parameters[place]
+    return [at for leaf in formula.leaves if leaf.name == name for at in leaf.places(width)]
 
 
 def covered(formula: Formula, place: int, width: int) -> bool:
-    """Whether every place of a parameter of this width is read, and once only."""
-    name = formula.parameters[place]
-    seen = [at for leaf in formula.leaves if leaf.name == name for at in leaf.places(width)]
-    return len(seen) == width == len(set(seen))
+    """Whether every place of a parameter of this width is read."""
+    return len(set(_places(formula, place, width))) == width
 
 
 def overlapping(formula: Formula, widths: Sequence[int]) -> bool:
     """Whether two leaves read the same place, whose gradients would have to be added."""
-    for place, width in enumerate(widths):
-        name = formula.parameters[place]
-        seen = [at for leaf in formula.leaves if leaf.name == name for at in leaf.places(width)]
-        if len(seen) != len(set(seen)):
-            return True
-    return False
+    read = [_places(formula, place, width) for place, width in enumerate(widths)]
+    return any(len(places) != len(set(places)) for places in read)
+
+
+def refusal(x: Tensor, matrices: Sequence[Tensor], formula: str) -> str:
+    """Why a call is not one for these kernels; '' when it is."""
+    if x.dtype not in _DTYPES:
+        return str(x.dtype)
+    read = read_formula(formula)
+    if overlapping(read, [matrix.shape[1] for matrix in matrices[:-1]]):
+        return "slices of one up product that overlap"
+    return formula_refusal(read)
 
 
 def forward(
@@ -135,7 +149,9 @@ def forward(
     return _layer(layer, dense, mix, dtype, kept), kept
 
 
-def _layer(layer: Layer, dense: Tensor | None, mix: Tensor | None, dtype: torch.dtype, kept: list[Tensor]) -> Tensor:
+def _layer(
+    layer: Layer, dense: Tensor | None, mix: Tensor | None, dtype: torch.dtype, kept: list[Tensor]
+) -> Tensor:
     x, down, leaves = layer.x_TD, layer.matrices[-1], layer.of_leaves(layer.matrices, 1)
     shape = shape_for("rows", x.dtype, layer.rows_per_expert, layer.inner, x.shape[1], len(leaves))
     tiles, keep = layer.tiles(shape.height), layer.of_leaves(kept, 1) if kept else ()
@@ -174,7 +190,8 @@ def backward(
     grad: Tensor, x: Tensor, weights: Tensor, order: Tensor, counts: Tensor, matrices: Sequence[Tensor],
     biases: Biases, formula: str, ups: Sequence[Tensor], needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """`moe_ffn_backward`: gradients of x, weights, matrices and biases; what is not `needed` has no elements."""
+    """`moe_ffn_backward`: gradients of x, weights, matrices and biases; what is not `needed` has no
+    elements."""
     read = check_moe_ffn(x, weights, order, counts, matrices, biases, formula)
     demand_device("moe_ffn_backward", x)
     layer = Layer(x, weights, order.contiguous(), counts, matrices, biases, read)
@@ -190,7 +207,9 @@ def backward(
         grad, layer.order_N, layer.top_k, tiles, down, biases[-1], layer.weights_N,
         layer.of_leaves(ups, 1), to_leaves, layer.pointwise, shape,
     )  # fmt: skip
-    found_matrices = _to_matrices(layer, grad, to_ups, weighted_NF) if to_matrices else [nothing] * len(matrices)
+    found_matrices = (
+        _to_matrices(layer, grad, to_ups, weighted_NF) if to_matrices else [nothing] * len(matrices)
+    )
     found_biases = _to_biases(layer, grad, to_ups) if to_biases else [nothing] * len(biases)
     return (
         _to_x(layer, tiles, to_leaves, leaves) if to_x else nothing,

@@ -26,8 +26,8 @@ def outer(
 ) -> None:
     """Write into out[e] the sum of left[i] ⊗ right[i] over the rows i of each expert e.
 
-    `gather` ("left" or "right"): which side is tokens, read at order[i] // top_k; the other is rows. `ends_E`:
-    the end of each expert's rows. `out_EFD` may be any view, such as a slice of a gradient.
+    `gather` ("left" or "right"): which side is tokens, read at order[i] // top_k; the other is rows.
+    `ends_E`: the end of each expert's rows. `out_EFD` may be any view, such as a slice of a gradient.
     """
     experts, height, width = out_EFD.shape
     columns = triton.cdiv(width, shape.width)
@@ -50,8 +50,6 @@ def _outer(
     expert = tl.program_id(1)
     m = (tl.program_id(0) // columns) * HEIGHT + tl.arange(0, HEIGHT)
     n = (tl.program_id(0) % columns) * WIDTH + tl.arange(0, WIDTH)
-    m_safe = tl.where(m < height, m, 0)
-    n_safe = tl.where(n < width, n, 0)
     end = tl.load(ends + expert).to(tl.int32)
     begin = end - tl.load(counts + expert).to(tl.int32)
     sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
@@ -61,10 +59,10 @@ def _outer(
         token = tl.load(order + row, mask=inside, other=0) // TOP_K
         from_left = (token if GATHER_LEFT else row).to(tl.int64)
         from_right = (token if GATHER_RIGHT else row).to(tl.int64)
-        left_places = left + m_safe[:, None] * left_column + from_left[None, :] * left_row
-        right_places = right + from_right[:, None] * right_row + n_safe[None, :] * right_column
-        left_tile = tl.load(left_places, mask=inside[None, :], other=0.0)
-        right_tile = tl.load(right_places, mask=inside[:, None], other=0.0)
+        left_places = left + m[:, None] * left_column + from_left[None, :] * left_row
+        right_places = right + from_right[:, None] * right_row + n[None, :] * right_column
+        left_tile = tl.load(left_places, mask=inside[None, :] & (m < height)[:, None], other=0.0)
+        right_tile = tl.load(right_places, mask=inside[:, None] & (n < width)[None, :], other=0.0)
         sums = tl.dot(left_tile, right_tile, sums, input_precision=INPUT)
     places = out + expert.to(tl.int64) * out_expert + m[:, None] * out_row + n[None, :] * out_column
     tl.store(places, sums.to(out.dtype.element_ty), mask=(m < height)[:, None] & (n < width)[None, :])

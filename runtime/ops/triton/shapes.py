@@ -1,15 +1,15 @@
 """How large the tiles of a product are, by what it multiplies: one small table, and the reasons.
 
 `height` rows by `width` columns of the result, `depth` of the summed dim a step; `warps` and `stages` (steps
-loaded ahead) as Triton names them; `group`: tiles that share columns before the next columns are taken, so that
-weights stay in the L2 cache.
+loaded ahead) as Triton names them; `group`: tiles that share columns before the next columns are taken, so
+that weights stay in the L2 cache.
 
-*16 bits.* A warp group of Hopper multiplies 64 rows by up to 256 columns; two of them and 256 columns of float32
-sums (128 with two leaves, whose sums are kept side by side) fill the registers without spilling, and three
-stages of such tiles fit into 228 KB. Lower tiles where experts have few rows: a tile of 128 rows with 20 filled
-wastes five sixths of its products. *32 bits* without TF32 is multiplied by the ordinary units, where 64 × 64 is
-large enough. *decode*: rows are few and the time is that of reading weights, so many narrow programs with deep
-steps keep the memory busy.
+*16 bits.* A warp group of Hopper multiplies 64 rows by up to 256 columns; two of them and 256 columns of
+float32 sums (128 with two leaves, whose sums are kept side by side) fill the registers without spilling, and
+three stages of such tiles fit into 228 KB. Lower tiles where experts have few rows: a tile of 128 rows with
+20 filled wastes five sixths of its products. *32 bits* without TF32 is multiplied by the ordinary units,
+where 64 × 64 is large enough. *decode*: rows are few and the time is that of reading weights, so many narrow
+programs with deep steps keep the memory busy.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TABLE = {
     ("rows", True, True): Shape(128, 128, 64, 8, 3),
     ("rows", False, False): Shape(64, 64, 32, 4, 3),
     ("rows", False, True): Shape(64, 64, 16, 8, 3),
-    ("outer", True, False): Shape(128, 256, 64, 8, 3),
+    ("outer", True, False): Shape(128, 256, 64, 8, 5),
     ("outer", False, False): Shape(64, 64, 32, 4, 3),
     ("decode", True, False): Shape(16, 16, 512, 4, 3),
     ("decode", True, True): Shape(16, 16, 256, 4, 3),
@@ -72,7 +72,8 @@ def shape_for(
 
 
 def splits_for(programs: int, depth: int, step: int, processors: int) -> int:
-    """Into how many parts a decode kernel cuts the summed dim: until there are some four programs a processor."""
+    """Into how many parts a decode kernel cuts the summed dim: until there are some four programs a
+    processor."""
     most = max(1, depth // (2 * step))
     wanted = -(-4 * processors // max(programs, 1))
     return power_of_two(min(most, wanted, 8) // 2 + 1) if min(most, wanted) > 1 else 1

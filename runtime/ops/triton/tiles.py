@@ -1,9 +1,9 @@
 """Which stretch of rows each program of a grouped product works on.
 
-The rows of expert e are cut into tiles of `height` rows; the last one may be shorter. Dropped rows, which stand
-after those of all experts, have tiles of their own, marked with expert E: a product stores zeros there. How many
-tiles there are is known only on the device: the table has room for the most there can be, and the entries
-beyond are marked with expert -1.
+The rows of expert e are cut into tiles of `height` rows; the last one may be shorter. Dropped rows, which
+stand after those of all experts, have tiles of their own, marked with expert E: a product stores zeros there.
+How many tiles there are is known only on the device: the table has room for the most there can be, and the
+entries beyond are marked with expert -1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The up products of a feed-forward: rows of x are gathered as they are loaded, and the formula is applied to the
-sums while they are in registers. Neither the gathered rows nor (unless a backward follows) the products are
-written to memory.
+"""The up products of a feed-forward: rows of x are gathered as they are loaded, and the formula is applied to
+the sums while they are in registers. Neither the gathered rows nor (unless a backward follows) the products
+are written to memory.
 """
 
 from __future__ import annotations
@@ -71,34 +71,41 @@ def place_of(program, most, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_weights(weights, strides, LEAF: tl.constexpr, expert, n, k, depth, EVEN: tl.constexpr):
-    """A tile [depth, width] of one leaf's matrix of one expert."""
+def load_weights(weights, strides, LEAF: tl.constexpr, expert, n, k, width, depth, EVEN: tl.constexpr):
+    """A tile [depth, width] of one leaf's matrix of one expert.
+
+    What lies outside is masked, not wrapped around: an index that the compiler cannot see through costs the
+    wide loads, and with them the copies that run ahead.
+    """
     base = weights[LEAF] + expert.to(tl.int64) * strides[3 * LEAF]
     places = base + n[None, :] * strides[3 * LEAF + 1] + k[:, None] * strides[3 * LEAF + 2]
     if EVEN:
-        return tl.load(places)
-    return tl.load(places, mask=(k < depth)[:, None], other=0.0)
+        return tl.load(places, mask=(n < width)[None, :], other=0.0)
+    return tl.load(places, mask=(n < width)[None, :] & (k < depth)[:, None], other=0.0)
 
 
 @triton.jit
-def add_bias(sums, biases, strides, LEAF: tl.constexpr, HAS: tl.constexpr, expert, n):
+def add_bias(sums, biases, strides, LEAF: tl.constexpr, HAS: tl.constexpr, expert, n, width):
     """The sums, with the leaf's bias where it has one."""
     if HAS[LEAF]:
-        bias = tl.load(biases[LEAF] + expert.to(tl.int64) * strides[2 * LEAF] + n * strides[2 * LEAF + 1])
+        base = biases[LEAF] + expert.to(tl.int64) * strides[2 * LEAF]
+        bias = tl.load(base + n * strides[2 * LEAF + 1], mask=n < width, other=0.0)
         return sums + bias.to(tl.float32)[None, :]
     return sums
 
 
 @triton.jit
-def leaf_places(leaves, strides, LEAF: tl.constexpr, row, n):
-    """Where rows `row` and columns `n` of one leaf stand."""
-    return leaves[LEAF] + row.to(tl.int64)[:, None] * strides[2 * LEAF] + n[None, :] * strides[2 * LEAF + 1]
+def leaf_places(leaves, strides, LEAF: tl.constexpr, first, local, n):
+    """Where rows first + local and columns `n` of one leaf stand: one wide base, and narrow distances from
+    it."""
+    base = leaves[LEAF] + first.to(tl.int64) * strides[2 * LEAF]
+    return base + local[:, None] * strides[2 * LEAF] + n[None, :] * strides[2 * LEAF + 1]
 
 
 @triton.jit
-def store_leaf(leaves, strides, LEAF: tl.constexpr, row, n, values, wanted):
+def store_leaf(leaves, strides, LEAF: tl.constexpr, first, local, n, values, wanted):
     """Write a tile of one leaf."""
-    places = leaf_places(leaves, strides, LEAF, row, n)
+    places = leaf_places(leaves, strides, LEAF, first, local, n)
     tl.store(places, values.to(leaves[LEAF].dtype.element_ty), mask=wanted)
 
 
@@ -108,19 +115,19 @@ def _up(
     weights, weight_strides, biases, bias_strides,
     out, kept, kept_strides,
     width, depth, columns, x_row, x_column,
-    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, LEAVES: tl.constexpr, BIASES: tl.constexpr, KEEP: tl.constexpr,
-    FORMULA: tl.constexpr, INPUT: tl.constexpr, EVEN: tl.constexpr,
+    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, LEAVES: tl.constexpr, BIASES: tl.constexpr,
+    KEEP: tl.constexpr, FORMULA: tl.constexpr, INPUT: tl.constexpr, EVEN: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, column = place_of(tl.program_id(0), most, columns, GROUP)
     expert = tl.load(table + tile)
     if (expert < 0) | (expert == EXPERTS):
         return
-    row = tl.load(table + most + tile) + tl.arange(0, HEIGHT)
-    inside = row < tl.load(table + 2 * most + tile)
+    first = tl.load(table + most + tile)
+    local = tl.arange(0, HEIGHT)
+    inside = first + local < tl.load(table + 2 * most + tile)
     n = column * WIDTH + tl.arange(0, WIDTH)
-    n_safe = tl.where(n < width, n, 0)
-    token = tl.load(order + row, mask=inside, other=0) // TOP_K
+    token = tl.load(order + first + local, mask=inside, other=0) // TOP_K
     x_rows = x + token.to(tl.int64)[:, None] * x_row
     sums0 = tl.zeros((HEIGHT, WIDTH), tl.float32)
     sums1 = tl.zeros((HEIGHT, WIDTH), tl.float32)
@@ -129,25 +136,25 @@ def _up(
         k = start + tl.arange(0, DEPTH)
         seen = inside[:, None] if EVEN else inside[:, None] & (k < depth)[None, :]
         left = tl.load(x_rows + k[None, :] * x_column, mask=seen, other=0.0)
-        right = load_weights(weights, weight_strides, 0, expert, n_safe, k, depth, EVEN)
+        right = load_weights(weights, weight_strides, 0, expert, n, k, width, depth, EVEN)
         sums0 = tl.dot(left, right, sums0, input_precision=INPUT)
         if LEAVES > 1:
-            right = load_weights(weights, weight_strides, 1, expert, n_safe, k, depth, EVEN)
+            right = load_weights(weights, weight_strides, 1, expert, n, k, width, depth, EVEN)
             sums1 = tl.dot(left, right, sums1, input_precision=INPUT)
         if LEAVES > 2:
-            right = load_weights(weights, weight_strides, 2, expert, n_safe, k, depth, EVEN)
+            right = load_weights(weights, weight_strides, 2, expert, n, k, width, depth, EVEN)
             sums2 = tl.dot(left, right, sums2, input_precision=INPUT)
-    sums0 = add_bias(sums0, biases, bias_strides, 0, BIASES, expert, n_safe)
+    sums0 = add_bias(sums0, biases, bias_strides, 0, BIASES, expert, n, width)
     if LEAVES > 1:
-        sums1 = add_bias(sums1, biases, bias_strides, 1, BIASES, expert, n_safe)
+        sums1 = add_bias(sums1, biases, bias_strides, 1, BIASES, expert, n, width)
     if LEAVES > 2:
-        sums2 = add_bias(sums2, biases, bias_strides, 2, BIASES, expert, n_safe)
-    places = row.to(tl.int64)[:, None] * width + n[None, :]
+        sums2 = add_bias(sums2, biases, bias_strides, 2, BIASES, expert, n, width)
     wanted = inside[:, None] & (n < width)[None, :]
-    tl.store(out + places, FORMULA(sums0, sums1, sums2).to(out.dtype.element_ty), mask=wanted)
+    result = FORMULA(sums0, sums1, sums2).to(out.dtype.element_ty)
+    tl.store(out + first.to(tl.int64) * width + (local[:, None] * width + n[None, :]), result, mask=wanted)
     if KEEP:
-        store_leaf(kept, kept_strides, 0, row, n, sums0, wanted)
+        store_leaf(kept, kept_strides, 0, first, local, n, sums0, wanted)
         if LEAVES > 1:
-            store_leaf(kept, kept_strides, 1, row, n, sums1, wanted)
+            store_leaf(kept, kept_strides, 1, first, local, n, sums1, wanted)
         if LEAVES > 2:
-            store_leaf(kept, kept_strides, 2, row, n, sums2, wanted)
+            store_leaf(kept, kept_strides, 2, first, local, n, sums2, wanted)

@@ -1,0 +1,67 @@
+"""Which calls go to the kernels of this package: those on a GPU that they can compute.
+
+What they cannot (float64, noise, capacities, formulas with many leaves) goes to the plain operators, on the
+same GPU; `gate.refusal` and `moe_ffn.refusal` give the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def available() -> bool:
+    """Whether there is a GPU of NVIDIA's, and Triton."""
+    return torch.version.cuda is not None and torch.cuda.is_available() and find_spec("triton") is not None
+
+
+def register(key: str) -> torch.library.Library:
+    """Have the kernels called for tensors of a dispatch key ("CUDA"; "CPU" in the interpreter, for tests),
+    for as long as the library that is returned is kept. They take the place of what is registered there."""
+    library = torch.library.Library("moec", "IMPL")
+    for name, kernel in (("gate", _gate), ("moe_ffn_forward", _forward), ("moe_ffn_backward", _backward)):
+        library.impl(name, kernel, key, allow_override=True)
+    return library
+
+
+def _gate(
+    x: Tensor, router: Tensor, bias: Tensor | None, top_k: int, gate: str, noise: str,
+    capacity_factor: float, eval_capacity_factor: float, min_capacity: int, random: bool, training: bool,
+) -> Any:  # fmt: skip
+    from moec.runtime.ops import gate as plain
+    from moec.runtime.ops.triton import gate as kernels
+
+    factor = capacity_factor if training else eval_capacity_factor
+    if kernels.refusal(x, router, noise, training, factor):
+        limits = (capacity_factor, eval_capacity_factor, min_capacity, random, training)
+        return plain._gate(x, router, bias, top_k, gate, noise, *limits)
+    return kernels.gate(x, router, bias, top_k, gate)
+
+
+def _forward(
+    x: Tensor, weights: Tensor, order: Tensor, counts: Tensor, matrices: Sequence[Tensor],
+    biases: Sequence[Tensor | None], formula: str, dense: Tensor | None, mix: Tensor | None, save: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    from moec.runtime.ops import moe_ffn as plain
+    from moec.runtime.ops.triton import moe_ffn as kernels
+
+    chosen = plain if kernels.refusal(x, matrices, formula) else kernels
+    return chosen.forward(x, weights, order, counts, matrices, biases, formula, dense, mix, save)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weights: Tensor, order: Tensor, counts: Tensor, matrices: Sequence[Tensor],
+    biases: Sequence[Tensor | None], formula: str, ups: Sequence[Tensor], needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    from moec.runtime.ops import moe_ffn as plain
+    from moec.runtime.ops.triton import moe_ffn as kernels
+
+    chosen = plain if kernels.refusal(x, matrices, formula) else kernels
+    return chosen.backward(grad, x, weights, order, counts, matrices, biases, formula, ups, needed)
+
+
+LIBRARY = register("CUDA") if available() else None
