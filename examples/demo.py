@@ -21,7 +21,6 @@ from examples import gpt
 from moec.plan import Plan, Train
 from moec.runtime.data import TextData, load_text
 from moec.runtime.evaluate import evaluate
-from moec.runtime.sample import sample
 from moec.runtime.train import Trainer
 
 PLAN = Path(__file__).with_name("pr_moe.toml")
@@ -130,8 +129,12 @@ def train(console: Console, program: moec.Program, settings: Train, data: TextDa
 def write_text(console: Console, program: moec.Program, settings: Train, prompt: str, length: int) -> None:
     """Sample from the program, byte by byte."""
     screen.title(console, "A sample", f"{length} bytes after the prompt, at temperature {TEMPERATURE}")
-    text = sample(program, prompt, length, temperature=TEMPERATURE, window=settings.sequence)
-    screen.sample(console, prompt, text.decode("utf-8", errors="replace"))
+    tokens = list(prompt.encode())[-settings.sequence :]
+    # The model sees one sequence: when that is full, the second half of it is where the text goes on from.
+    keep = settings.sequence // 2
+    (text,) = program.generate([tokens], length, temperature=TEMPERATURE, keep=keep)
+    new = bytes(text[len(tokens) :].tolist())
+    screen.sample(console, prompt, prompt + new.decode("utf-8", errors="replace"))
 
 
 def save_and_load(console: Console, program: moec.Program, data: TextData, folder: Path) -> Path:
@@ -158,7 +161,7 @@ def next_commands(saved: Path, folder: Path) -> dict[str, str]:
         f"{moec_} show {saved}": "read the program again",
         f"{moec_} diff {saved} captured canonical": "what one spelling for everything means",
         f"{moec_} explain {saved} moe_1": "what became of a layer, and where it was written",
-        f'{moec_} sample {saved} --prompt "class "': "let it write",
+        f'{moec_} generate {saved} --prompt "class " --temperature 0.8': "let it write",
         f"{moec_} train examples/gpt.py:small --plan examples/{PLAN.name} {longer}": "let it learn more",
         f"{moec_} plans pr_moe": "a plan of the paper's size",
     }

@@ -1,4 +1,4 @@
-"""The command line: `moec compile | show | diff | explain | train | sample | bisect | plans`.
+"""The command line: `moec compile | show | diff | explain | train | generate | bisect | plans`.
 
 Here stand the words: names, options, help. What a command does is in `moec.commands`, imported when it runs,
 so that `moec --help` is quick. A user's mistake ends in four lines (where, found, needed, nearest) and status
@@ -7,16 +7,11 @@ so that `moec --help` is quick. A user's mistake ends in four lines (where, foun
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from moec.errors import MoecError, nearest
-
-INTERRUPTED = 130
+from moec.commands.group import Commands
 
 MODEL_HELP = (
     "file.py:factory (arguments after a question mark: gpt.py:small?layers=2), hf:config.json or hf:folder, "
@@ -26,66 +21,6 @@ EPILOG = (
     "A model is a function that returns an nn.Module: examples/gpt.py:small. A plan is a TOML file, or the "
     "name of a shipped one: moec plans. Begin with: moec show examples/gpt.py:small --plan pr_moe"
 )
-
-
-class Commands(TyperGroup):
-    """The group of all commands: prints errors as four lines, in place of tracebacks and usage screens."""
-
-    def main(self, args: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
-        """Run, and leave with the right status; returns only when `standalone_mode` is off."""
-        try:
-            status = super().main(args, standalone_mode=False, **extra)
-        except MoecError as error:
-            status = self._refuse(error)
-        except typer.Abort:
-            status = INTERRUPTED
-        except BrokenPipeError:
-            # What reads us has seen enough (`| head`). Python flushes once more on its way out.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = 1
-        except OSError as error:
-            status = self._refuse(_of_system(error))
-        except Exception as error:
-            if not hasattr(error, "format_message"):
-                raise
-            status = self._refuse(_of_usage(error, self))
-        if not standalone_mode:
-            return status
-        sys.exit(status if isinstance(status, int) else 0)
-
-    def _refuse(self, error: MoecError) -> int:
-        from moec.commands.screen import show_error
-
-        show_error(error)
-        return 2
-
-
-def _of_system(error: OSError) -> MoecError:
-    """A file that cannot be read or written."""
-    where = str(error.filename or "file")
-    return MoecError(where, (error.strerror or str(error)).lower(), "a place that can be read and written")
-
-
-def _of_usage(error: Any, group: TyperGroup) -> MoecError:
-    """A word of the command line that is not understood."""
-    context = getattr(error, "ctx", None)
-    where = context.command_path if context is not None else "moec"
-    help_ = f"see {where} --help"
-    message = error.format_message().rstrip(".")
-    name = getattr(error, "option_name", None)
-    if name is not None and context is not None:
-        known = [
-            word for parameter in context.command.params for word in parameter.opts if word.startswith("--")
-        ]
-        if name not in known:
-            return MoecError(where, f"no option '{name}'", f"one of {', '.join(known)}", nearest(name, known))
-    words = message.partition("No such command ")[2].split("'")
-    if len(words) > 1:
-        names = list(group.commands)
-        return MoecError(
-            where, f"no command '{words[1]}'", f"one of {', '.join(names)}", nearest(words[1], names)
-        )
-    return MoecError(where, message[:1].lower() + message[1:], help_)
 
 
 app = typer.Typer(
@@ -288,22 +223,47 @@ def train(
 
 
 @app.command()
-def sample(
+def generate(
     model: Saved,
-    prompt: Annotated[str, typer.Option("--prompt", help="How the text begins.")],
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=0, help="Tokens to write.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    prompt: Annotated[str, typer.Option("--prompt", help="How the text begins; - reads standard input.")],
+    plan: PlanName = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", metavar="N", help="Left out: 200, or what there is room for."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens that have this probability together.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that stand in the text already become less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End after this text; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    keep: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="When the model's positions are full, go on from the last N tokens."),
+    ] = None,
     tokenizer: Tokenizer = None,
     trust: Trust = False,
 ) -> None:
-    """Let a program go on from a prompt.
+    """Let a program go on from a prompt; the text is shown as it comes.
 
-    moec sample run/program --prompt "def "
+    It ends with the end of a text (the vocabulary's separator), with a --stop, or when N tokens are written.
+
+    moec generate run/program --prompt "def " --temperature 0.8
     """
-    from moec.commands.learn import write
+    from moec.commands.write import Writing, write
+    from moec.runtime.request import Options
 
-    write(model, prompt, tokens, temperature, seed, tokenizer, trust)
+    options = Options(
+        temperature=temperature, top_k=top_k, top_p=top_p,
+        repetition_penalty=repetition_penalty, seed=seed, keep=keep,
+    )  # fmt: skip
+    write(Writing(model, plan, prompt, max_new_tokens, stop or (), tokenizer, trust, options))
 
 
 @app.command()

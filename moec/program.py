@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,15 @@ from moec.plan import LayerSettings
 from moec.runtime.trainable import LossTerms
 
 if TYPE_CHECKING:
+    from moec.decoder import Decoder
+    from moec.decoder import Decoder
     from moec.local_program import LocalProgram
+    from moec.runtime.generate import Generation, Stream
+    from moec.runtime.prompts import PromptsLike
+    from moec.runtime.request import Options
     from moec.simulation import Simulation
 
+FEWEST = 256  # positions of a decoder's tables, for a model that has no limit
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 
 
@@ -33,6 +39,8 @@ class Program(ir.Program):
 
     backend: str = "eager"
     _compiled: Callable[[Tensor], Any] | None = None
+    _decoders: list[Decoder] | None = None
+    _decoder: Decoder | None = None
 
     @classmethod
     def of(cls, program: ir.Program, backend: str = "eager") -> Program:
@@ -112,10 +120,68 @@ class Program(ir.Program):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to()`, `.cuda()`, …: device constants in the graph follow the weights."""
         super()._apply(fn, recurse)
+        object.__setattr__(self, "_decoder", None)  # its tables stayed where they were
         some = next(self.parameters(), None)
         if some is not None:
             on_device(self.graph, some.device)
         return self
+
+    # writing
+
+    def decoder(self, length: int) -> Decoder:
+        """The program that decodes rows of up to `length` positions, derived from this one; it shares the
+        weights."""
+        from moec.decoder import Decoder
+
+        return Decoder(self, length)
+
+    def generate(
+        self,
+        tokens: PromptsLike,
+        max_new_tokens: int,
+        *,
+        stream: Stream | None = None,
+        **options: Unpack[Options],
+    ) -> Tensor | list[Tensor]:
+        """Go on from `tokens`, i64 [B, S] or a list of prompts of any lengths, by at most `max_new_tokens`.
+
+        Takes the likeliest token each time, unless a `temperature` is given; further `top_k`, `top_p`,
+        `repetition_penalty`, `seed`, `stop`, `mask`, `pad`, `rows`, `chunk`, `keep`: see
+        `moec.runtime.request.Options`. `stream(row, token)` is called for every token as it comes; a row for
+        which it returns False ends there.
+
+        Gives prompts and new tokens, [B, S + n], or a list of tensors where a list was given. Raises
+        `DataError` before any work for what cannot be done, rows longer than the model's limit among it.
+        """
+        from moec.runtime.generate import finished
+
+        return finished(self.stream(tokens, max_new_tokens, **options), stream)
+
+    def stream(self, tokens: PromptsLike, max_new_tokens: int, **options: Unpack[Options]) -> Generation:
+        """The tokens of `generate` as they come: an iterator of events (`id`: the row, `token`, `ended`).
+
+        Rows can be cancelled on the way, `result()` gives what `generate` gives; see
+        `moec.runtime.generate.Generation`.
+        """
+        from moec.runtime.generate import Generation
+        from moec.runtime.request import Request
+
+        request = Request.of(
+            tokens,
+            max_new_tokens,
+            vocabulary=self.source.vocabulary,
+            max_positions=self.source.max_positions,
+            **options,
+        )
+        return Generation(self._decoder_for(request.length), request)
+
+    def _decoder_for(self, length: int) -> Decoder:
+        """One that is kept from call to call: for all positions of the model, or for a power of two."""
+        if self._decoder is None or (self._decoder.max_positions or length) < length:
+            most = self.source.max_positions or max(FEWEST, 1 << (length - 1).bit_length())
+            object.__setattr__(self, "_decoder", self.decoder(most))
+        assert self._decoder is not None
+        return self._decoder
 
     # what others have built on top
 
@@ -157,6 +223,18 @@ class Program(ir.Program):
         from moec.simulate import simulate
 
         return simulate(self, tokens, targets, **options)
+
+    def decoder(self, length: int | None = None) -> Decoder:
+        """The derived program that decodes rows of up to `length` positions (default: as the model has).
+
+        It shares the weights and is kept for the next call. Raises `PassError`, naming the operator, where
+        the program cannot be cached, and `DataError` for more positions than the model has.
+        """
+        from moec.decoder import decoder_of
+
+        if self._decoders is None:
+            object.__setattr__(self, "_decoders", [])
+        return decoder_of(self, self._decoders, length)  # type: ignore[arg-type]
 
     def to_dtype(self, dtype: torch.dtype) -> Program:
         """A copy in another floating dtype, casts and constants included."""

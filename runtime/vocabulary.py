@@ -6,7 +6,7 @@ is the vocabulary's own business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import DataError
+from moec.runtime.text_stream import ByteStream, TextStream, TokenizerStream
 
 #: Special tokens that tokenizers use for "a text ends here", most usual first.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|end|>")
@@ -46,6 +47,10 @@ class Vocabulary(Protocol):
         """The text of `tokens`."""
         ...
 
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """The text of tokens that come one at a time, behind those of `prompt`."""
+        ...
+
 
 class ByteVocabulary:
     """The 256 byte values. NUL, which no text holds, separates two texts."""
@@ -64,6 +69,10 @@ class ByteVocabulary:
         if values and not 0 <= min(values) <= max(values) < self.size:
             raise DataError("decode", f"tokens from {min(values)} to {max(values)}", "bytes: 0 to 255")
         return bytes(values)
+
+    def stream(self, prompt: Sequence[int] = ()) -> ByteStream:
+        """UTF-8, character by character; the bytes of a prompt do not matter."""
+        return ByteStream(self.decode)
 
 
 class TokenizerVocabulary:
@@ -91,6 +100,10 @@ class TokenizerVocabulary:
     def decode(self, tokens: Iterable[int]) -> bytes:
         """The text of `tokens` in UTF-8, special tokens left out."""
         return str(self._tokenizer.decode(list(tokens))).encode()
+
+    def stream(self, prompt: Sequence[int] = ()) -> TokenizerStream:
+        """Text as soon as it is complete; how a token reads may depend on the prompt's last ones."""
+        return TokenizerStream(self._tokenizer, prompt)
 
 
 def _read_tokenizer(path: Path) -> Any:

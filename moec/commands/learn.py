@@ -1,27 +1,23 @@
-"""`moec train` and `moec sample`: a program learns a text, and writes some."""
+"""`moec train`: a program learns a text."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from moec.commands.programs import program_of, shown_path
 from moec.commands.screen import show, show_json, show_next
-from moec.errors import DataError, TrainError
+from moec.errors import TrainError
 from moec.models import is_saved_program
 from moec.plan import Plan, Train
 from moec.program import Program
 from moec.runtime.checkpoint import latest_checkpoint
 from moec.runtime.data import load_text
-from moec.runtime.sample import sample
 from moec.runtime.train import Trainer, TrainResult
-from moec.runtime.vocabulary import Vocabulary, open_vocabulary
 
 # Settings whose default is computed from another one: when that one is given anew, so is the default.
 FOLLOWS = {"steps": "warmup", "lr": "min_lr"}
@@ -126,32 +122,18 @@ def _report(run: Run, result: TrainResult, saved: str) -> None:
     tokenizer = ["--tokenizer", run.tokenizer] if run.tokenizer else []
     show_next(
         {
-            "let it write": ["moec", "sample", saved, "--prompt", "The", *tokenizer],
+            "let it write": [
+                "moec",
+                "generate",
+                saved,
+                "--prompt",
+                "The",
+                "--temperature",
+                "0.8",
+                *tokenizer,
+            ],
             "read what was trained": ["moec", "show", saved],
             "what each part became": ["moec", "explain", saved],
             "the curves": ["tensorboard", "--logdir", run.out],
         }
     )
-
-
-def write(
-    name: str, prompt: str, tokens: int, temperature: float, seed: int, tokenizer: str | None, trust: bool
-) -> None:
-    """`moec sample`: print `prompt` and `tokens` tokens more."""
-    program = program_of(name, trust=trust)
-    words = open_vocabulary(tokenizer or "bytes")
-    _require_known(program, words, prompt)
-    window = program.source.max_positions
-    text = sample(
-        program, prompt, tokens, temperature=temperature, seed=seed, window=window, vocabulary=words
-    )
-    sys.stdout.write(text.decode("utf-8", errors="replace").rstrip("\n") + "\n")
-
-
-def _require_known(program: Program, words: Vocabulary, prompt: str) -> None:
-    """Tokens of the prompt that the model has no embedding for are an error of the tokenizer, told here."""
-    tokens = torch.as_tensor(words.encode(prompt.encode(), "--prompt").tolist())
-    size = program.source.vocabulary
-    if len(tokens) and int(tokens.max()) >= size:
-        found = f"token {int(tokens.max())} of '{words.name}', and a model of {size} tokens"
-        raise DataError("--prompt", found, "the --tokenizer that the model was trained with")

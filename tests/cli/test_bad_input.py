@@ -170,7 +170,7 @@ def age(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
 
 
-@pytest.mark.parametrize("command", ["show", "explain", "train", "sample"])
+@pytest.mark.parametrize("command", ["show", "explain", "train", "generate"])
 @pytest.mark.parametrize(
     ("damage", "lines"),
     [
@@ -189,7 +189,7 @@ def test_damaged_programs(
     refused: Refused,
 ) -> None:
     damage(Path(shutil.copytree(saved, tmp_path / "p")))
-    more = ["--prompt", "a"] if command == "sample" else []
+    more = ["--prompt", "a"] if command == "generate" else []
     told = refused(command, tmp_path / "p", *more)
     assert [line for line in lines if line not in told] == [], told
 

@@ -49,7 +49,7 @@ def test_the_page_says_what_is_printed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_page_shows_every_command() -> None:
     shown = {command.split()[0] for command, _ in expected()}
-    assert shown == {"compile", "show", "diff", "explain", "train", "sample", "bisect", "plans"}
+    assert shown == {"compile", "show", "diff", "explain", "train", "generate", "bisect", "plans"}
 
 
 def test_patterns_see_a_difference() -> None:

@@ -109,7 +109,7 @@ def test_plans(moec_: Moec) -> None:
 
 def test_help_of_every_command_shows_an_example(moec_: Moec) -> None:
     help_ = moec_("--help").stdout
-    for command in ("compile", "show", "diff", "explain", "train", "sample", "bisect", "plans"):
+    for command in ("compile", "show", "diff", "explain", "train", "generate", "bisect", "plans"):
         assert f" {command} " in help_
         assert f"moec {command} " in moec_(command, "--help").stdout.split("Usage")[1].split("\n", 1)[1]
     assert moec_("--version").stdout == f"moec {moec.__version__}\n"

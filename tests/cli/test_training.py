@@ -1,4 +1,4 @@
-"""`moec train` and `moec sample`."""
+"""`moec train`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_run_trains_saves_and_says_what_next(moec_: Moec, plan: Path, text: Pa
     out = moec_("train", GPT, "--plan", plan, "--data", text, "--out", run).stdout
     assert "step 4/4" in out
     assert "held-out loss" in out
-    assert f"moec sample {run}/program --prompt The" in out
+    assert f"moec generate {run}/program --prompt The" in out
     trained, fresh = moec.load(run / "program"), moec.compile(model(), plan, verify="off")
     assert not trained.training
     moved = {n for n, v in trained.state_dict().items() if not torch.equal(v, fresh.state_dict()[n])}
@@ -95,19 +95,6 @@ def test_defaults_follow_what_they_are_computed_from() -> None:
         training_settings(planned, {"batch": 0})
 
 
-def test_sample_is_the_prompt_and_more(moec_: Moec, trained: Path) -> None:
-    words = ("sample", trained / "program", "--prompt", "abc ", "--tokens", 8)
-    first = moec_(*words, "--seed", 1).stdout
-    assert first.startswith("abc ")
-    assert first == moec_(*words, "--seed", 1).stdout
-    assert first != moec_(*words, "--seed", 2).stdout
-
-
-def test_sample_goes_beyond_the_longest_sequence(moec_: Moec, trained: Path) -> None:
-    out = moec_("sample", trained / "program", "--prompt", "ab", "--tokens", 30, "--temperature", 0).stdout
-    assert len(out.encode()) >= 30
-
-
 # what is refused
 
 
@@ -145,12 +132,6 @@ def test_tokens_outside_of_the_vocabulary(text: Path, tmp_path: Path, refused: R
     told = refused("train", f"{GPT}?vocab=99", *words)
     assert "token 101, and a model with 99 token values" in told
     assert not (tmp_path / "r").exists()
-
-
-def test_a_prompt_outside_of_the_vocabulary(refused: Refused) -> None:
-    assert "token 101 of 'bytes', and a model of 99" in refused(
-        "sample", f"{GPT}?vocab=99", "--prompt", "eee"
-    )
 
 
 def test_sequences_longer_than_the_model(text: Path, tmp_path: Path, refused: Refused) -> None:

@@ -28,7 +28,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Job(folder, "--nproc", 2) as job:
         out = job.succeed()
     assert out.count("step 60/60") == 1, "rank 0 speaks, and nobody else"
-    assert "moec sample run/program" in out
+    assert "moec generate run/program" in out
     return job.run
 
 

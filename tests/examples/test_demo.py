@@ -85,7 +85,7 @@ def test_what_it_saved_is_the_trained_program(run: DemoRun) -> None:
     assert not torch.allclose(program(tokens), untrained(tokens))
 
 
-@pytest.mark.parametrize("command", ["show", "diff", "explain", "sample", "plans"])
+@pytest.mark.parametrize("command", ["show", "diff", "explain", "generate", "plans"])
 def test_the_commands_it_names_work(run: DemoRun, command: str) -> None:
     _, *words = _named(run.folder)[command]
     result = CliRunner().invoke(cli.app, words)

@@ -1,4 +1,4 @@
-"""The parts of a step by themselves: rate, groups, load, nudge, accumulation, clipping, sampling."""
+"""The parts of a step by themselves: rate, groups, load, nudge, accumulation, clipping."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from moec.errors import DataError, TrainError
+from moec.errors import TrainError
 from moec.plan import LayerSettings, Train
 from moec.runtime.balance import load_of, nudge_biases
 from moec.runtime.evaluate import evaluate
 from moec.runtime.groups import parameter_groups
-from moec.runtime.sample import sample, sample_tokens
 from moec.runtime.schedule import learning_rate
 from moec.runtime.step import OptimizerStep
 from moec.runtime.trainable import LossTerms
@@ -231,41 +230,3 @@ def test_evaluation_gives_back_what_it_draws(tmp_path: Path) -> None:
     data, state = tiny_text(tmp_path), torch.get_rng_state()
     evaluate(Drawing(), data, tiny_settings())
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_sampling_is_a_function_of_the_seed() -> None:
-    program = TinyProgram()
-    state = torch.get_rng_state()
-    texts = {seed: sample(program, b"abc", 20, seed=seed) for seed in (0, 1)}
-    assert texts[0] == sample(program, "abc", 20, seed=0) != texts[1]
-    assert all(text.startswith(b"abc") and len(text) == 23 for text in texts.values())
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_temperature_zero_takes_the_likeliest() -> None:
-    program = TinyProgram().eval()
-    tokens = torch.tensor([[5, 6], [7, 8]])
-    out = sample_tokens(program, tokens, 3, temperature=0.0)
-    assert out.shape == (2, 5)
-    assert torch.equal(out[:, :2], tokens)
-    for place in (2, 3, 4):
-        assert torch.equal(out[:, place], program(out[:, :place])[:, -1].argmax(-1))
-
-
-def test_a_window_limits_what_a_token_sees() -> None:
-    class Limited(TinyProgram):
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            assert tokens.shape[1] <= 4
-            return super().forward(tokens)
-
-    out = sample_tokens(Limited(), torch.tensor([[1, 2, 3]]), 6, window=4)
-    assert out.shape == (1, 9)
-    with pytest.raises(AssertionError):
-        sample_tokens(Limited(), torch.tensor([[1, 2, 3]]), 6)
-
-
-def test_bad_prompts_and_temperatures() -> None:
-    with pytest.raises(DataError, match="an empty prompt"):
-        sample(TinyProgram(), b"", 3)
-    with pytest.raises(DataError, match="temperature -1"):
-        sample(TinyProgram(), b"a", 3, temperature=-1.0)
