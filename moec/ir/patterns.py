@@ -31,6 +31,12 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def arguments_of(node: fx.Node) -> tuple[Any, ...]:
+    """Every argument of a call to an operator, by position, defaults filled in."""
+    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    return tuple(argument(node, i, a.name, a.default_value) for i, a in enumerate(declared))
+
+
 def inputs(node: Any) -> tuple[Any, Any]:
     """The first two arguments of a call, as values to be asked with `is_call` and `tensor`."""
     return node.args[0], node.args[1]

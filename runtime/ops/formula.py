@@ -28,7 +28,7 @@ from torch import Tensor
 from moec.errors import OperatorError, nearest
 from moec.runtime.ops.formula_functions import FUNCTIONS, LARGEST_POWER, OPERATORS, WORDS
 from moec.runtime.ops.formula_schedule import Schedule, backward_schedule, forward_schedule
-from moec.runtime.ops.formula_tree import Call, Expression, Leaf, Number, leaves_of, spell
+from moec.runtime.ops.formula_tree import Call, Expression, Leaf, Number, leaves_of, part_of, spell
 
 _SIGNS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
 GRADIENT = "grad"  # what arrives at the result, in the schedule `backward`
@@ -220,7 +220,7 @@ class _Reader:
         start, stop, step = bounds
         if step == 0:
             raise self._error(f"`{ast.unparse(tree)}`", "a step of at least 1")
-        return _part(self._expression(tree.value), Leaf("", start or 0, stop, step or 1))
+        return part_of(self._expression(tree.value), Leaf("", start or 0, stop, step or 1))
 
     def _bound(self, tree: ast.expr | None) -> int | None:
         if tree is None:
@@ -228,15 +228,6 @@ class _Reader:
         if isinstance(tree, ast.Constant) and type(tree.value) is int and tree.value >= 0:
             return tree.value
         raise self._error(f"the bound {ast.unparse(tree)}", "whole numbers, counted from the left")
-
-
-def _part(expression: Expression, part: Leaf) -> Expression:
-    """A slice of an expression: every element is by itself, so its leaves are sliced."""
-    if isinstance(expression, Leaf):
-        return expression.part(part)
-    if isinstance(expression, Call):
-        return Call(expression.function, tuple(_part(argument, part) for argument in expression.arguments))
-    return expression
 
 
 def _is_number(value: float) -> bool:

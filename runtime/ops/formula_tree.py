@@ -83,6 +83,16 @@ def leaves_of(expression: Expression) -> Iterator[Leaf]:
             yield from leaves_of(argument)
 
 
+def part_of(expression: Expression, part: Leaf) -> Expression:
+    """The slice `part` (whose name does not count) of an expression: that of each of its leaves, since every
+    element is by itself."""
+    if isinstance(expression, Leaf):
+        return expression.part(part)
+    if isinstance(expression, Call):
+        return Call(expression.function, tuple(part_of(argument, part) for argument in expression.arguments))
+    return expression
+
+
 def spell(expression: Expression) -> str:
     """The expression as a formula writes it, with the parentheses it needs and no others."""
     if isinstance(expression, Leaf):
