@@ -9,6 +9,7 @@ from .arrange_ranks import ArrangeRanks
 from .branch_experts import BranchExperts
 from .collect_terms import CollectTerms
 from .complete_canonical import CompleteCanonical
+from .derive_cache import DeriveCache
 from .drop_noops import DropNoops
 from .functionalize_writes import FunctionalizeWrites
 from .group_heads import GroupHeads
@@ -22,6 +23,7 @@ from .outline_attention import OutlineAttention
 from .outline_feed_forwards import OutlineFeedForwards
 from .outline_positions import OutlinePositions
 from .overlap_exchanges import OverlapExchanges
+from .pick_positions import PickPositions
 from .place_dense import PlaceDense
 from .place_experts import PlaceExperts
 from .spell_activations import SpellActivations
@@ -30,6 +32,7 @@ from .spell_linears import SpellLinears
 from .spell_masks import SpellMasks
 from .spell_norms import SpellNorms
 from .spell_products import SpellProducts
+from .trim_outputs import TrimOutputs
 from .write_sizes import WriteSizes
 
 
@@ -76,3 +79,8 @@ def placed(plan: Plan, world: int) -> list[Pass]:
 def partitioned(rank: int) -> list[Pass]:
     """placed → partitioned: the program of one rank, its communication spelled out."""
     return [LowerDense(rank), LowerExperts(rank), WriteSizes(), OverlapExchanges()]
+
+
+def cached(length: int) -> list[Pass]:
+    """structured, sparse or partitioned → cached: the program that decodes rows of `length` positions."""
+    return [DeriveCache(length), TrimOutputs(), PickPositions()]

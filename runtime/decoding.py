@@ -13,11 +13,11 @@ from moec.runtime.cache import Cache
 class Decoding(Protocol):
     """A program that is fed the next tokens of each row and remembers those before.
 
-    `vocabulary`: number of tokens. `max_positions`: the longest row it can hold, None when there is no limit.
+    `vocabulary`: number of tokens. `max_positions`: the longest row it can hold.
     """
 
     vocabulary: int
-    max_positions: int | None
+    max_positions: int
 
     @property
     def device(self) -> torch.device:

@@ -20,9 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from moec.errors import VerifyError
 
 from .graphs import attribute, placeholder
-
-# Sample sizes behind the symbols: they must differ from each other, from 1, and fit any position table.
-SAMPLE_BATCH, SAMPLE_SEQUENCE = 2, 3
+from .inputs import SAMPLES, Input, factors, inputs_of
 
 
 def propagate(root: fx.GraphModule) -> None:
@@ -32,15 +30,15 @@ def propagate(root: fx.GraphModule) -> None:
     """
     known = _known_shapes(root)
     with known.mode, enable_python_dispatcher(), torch.no_grad():
-        _Propagate(root, known).run(known.tokens)
+        _Propagate(root, known).run(*known.given)
 
 
 def _known_shapes(root: fx.GraphModule) -> KnownShapes:
     """What was learned about this graph's shapes before; a fresh start when it moved to another device."""
-    first, device = placeholder(root.graph), _device_of(root)
+    first, device, inputs = placeholder(root.graph), _device_of(root), inputs_of(root.graph)
     known = first.meta.get("shapes")
-    if not isinstance(known, KnownShapes) or known.tokens.device != device:
-        known = first.meta["shapes"] = KnownShapes(device)
+    if not isinstance(known, KnownShapes) or (known.device, known.inputs) != (device, inputs):
+        known = first.meta["shapes"] = KnownShapes(device, inputs)
     return known
 
 
@@ -56,14 +54,29 @@ class KnownShapes:
     and the identity of its arguments. Forks of a graph share it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, inputs: tuple[Input, ...]) -> None:
+        self.device, self.inputs = device, inputs
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
-        tokens = torch.zeros(SAMPLE_BATCH, SAMPLE_SEQUENCE, dtype=torch.long, device=device)
-        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
-        self.tokens = self.mode.from_tensor(tokens, symbolic_context=context)
+        self._letters: dict[str, Any] = {}
         self._tensors: dict[Any, Tensor] = {}
         self._calls: dict[Any, Any] = {}
-        self.intern(self.tokens)
+        self.given = [self.intern(self._made(given)) for given in inputs]
+
+    def _made(self, given: Input) -> Tensor:
+        """The fake tensor of one input; each letter is one symbol."""
+        sizes = [self._size(size) for size in given.sizes]
+        with self.mode:
+            return torch.empty(sizes, dtype=given.dtype, device=self.device)
+
+    def _size(self, size: int | str) -> Any:
+        if isinstance(size, int):
+            return size
+        count, letter = factors(size)
+        if letter not in self._letters:
+            sample = torch.zeros(SAMPLES[letter], device=self.device)
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            self._letters[letter] = self.mode.from_tensor(sample, symbolic_context=context).shape[0]
+        return count * self._letters[letter]
 
     def intern(self, value: Any) -> Any:
         """The one fake tensor that stands for all that are like `value` (also inside lists and tuples)."""
@@ -144,8 +157,11 @@ class _Propagate(fx.Interpreter):
 
 
 def symbols(root: fx.GraphModule) -> dict[str, str]:
-    """Names of the two free sizes in printed shapes: {'s12': 'B', 's90': 'S'}."""
-    tokens = next(node for node in root.graph.nodes if node.op == "placeholder").meta.get("val")
-    if tokens is None:
-        return {}
-    return {str(size): letter for size, letter in zip(tokens.shape, "BS", strict=True)}
+    """Names of the free sizes in printed shapes: {'s12': 'B', 's90': 'S'}."""
+    places = [node for node in root.graph.nodes if node.op == "placeholder"]
+    found: dict[str, str] = {}
+    for node, given in zip(places, inputs_of(root.graph), strict=True):
+        value = node.meta.get("val")
+        sizes = zip(given.sizes, () if value is None else value.shape, strict=False)
+        found |= {str(symbol): size for size, symbol in sizes if size in SAMPLES}  # type: ignore[misc]
+    return found

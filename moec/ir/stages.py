@@ -77,6 +77,10 @@ def _no_writes(module: fx.GraphModule, node: fx.Node) -> str:
     return "no in-place operators" if writes else ""
 
 
+def _writes_caches_only(module: fx.GraphModule, node: fx.Node) -> str:
+    return "" if node.target is torch.ops.moec.remember.default else _no_writes(module, node)
+
+
 def _one_spelling(module: fx.GraphModule, node: fx.Node) -> str:
     bare = node.target in REPLACED and node.op == "call_function"
     if node.target is aten.addmm.default and bare:
@@ -103,4 +107,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "sparse": (*CANONICAL, _calls_regions),
     "placed": (*CANONICAL, _calls_regions),
     "partitioned": (*CANONICAL, _calls_regions),
+    "cached": (_known_calls, _writes_caches_only, _one_spelling, _calls_regions),
 }

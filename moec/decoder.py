@@ -1,0 +1,88 @@
+"""`Decoder`: a program derived to decode, and the memory it decodes with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from moec import ir
+from moec.errors import DataError
+from moec.ir.inputs import Input, factors
+from moec.passes.pipeline import cached
+from moec.passes.runner import Runner
+from moec.runtime.cache import Cache, Slot
+
+DEFAULT_LENGTH, SMALLEST_LENGTH = 2048, 128
+
+
+class Decoder:
+    """Runs the *cached* program derived from `program`; shares its weights, in eval mode.
+
+    `program`: the derived one, to print and read. `max_positions`: what its tables were made for. Implements
+    `moec.runtime.decoding.Decoding`.
+    """
+
+    def __init__(self, program: ir.Program, length: int) -> None:
+        self.vocabulary = program.source.vocabulary
+        self.max_positions: int = length
+        self.state = table_state(program)
+        self.program = Runner(verify="off").run(program.fork(), cached(length))
+        self.program.eval()
+        graph = self.program.graph
+        self._slots = [_slot(node) for node in _caches(graph.graph)]
+        some = next(iter([*graph.parameters(), *graph.buffers()]), None)
+        self._device = torch.device("cpu") if some is None else some.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._device
+
+    def new_cache(self, rows: int, length: int) -> Cache:
+        """Memory for `rows` rows of up to `length` positions; raises `DataError` beyond `max_positions`."""
+        if length > self.max_positions:
+            raise DataError("cache", f"{length} positions", f"at most {self.max_positions}")
+        return Cache(self._slots, rows, length, self._device)
+
+    @torch.no_grad()
+    def step(self, tokens_Bn: Tensor, past_B: Tensor, wanted_Bm: Tensor, cache: Cache, length: int) -> Tensor:
+        """Logits [B, m, V]; see `moec.runtime.decoding.Decoding.step`."""
+        views = cache.views(tokens_Bn.shape[0], length)
+        return self.program.graph(tokens_Bn, past_B, wanted_Bm, *views)
+
+
+def decoder_of(program: ir.Program, known: list[Decoder], length: int | None) -> Decoder:
+    """One of `known` that holds `length` positions and is up to date; else a new one, put among them.
+
+    Tables are made for a power of two of positions, so that longer and longer requests do not each make their
+    own. Raises `DataError` for more positions than the model has.
+    """
+    limit = program.source.max_positions
+    if length is not None and limit is not None and length > limit:
+        raise DataError("decoder", f"{length} positions", f"at most {limit}, the model's limit")
+    wanted = length or limit or DEFAULT_LENGTH
+    known[:] = [one for one in known if one.state == table_state(program)]
+    for one in known:
+        if one.max_positions >= wanted:
+            return one
+    rounded = max(1 << (wanted - 1).bit_length(), SMALLEST_LENGTH)
+    known.append(Decoder(program, rounded if limit is None else min(rounded, limit)))
+    return known[-1]
+
+
+def table_state(program: ir.Program) -> tuple[object, ...]:
+    """What tables of positions were made from: it changes when their weights are written or moved."""
+    region = getattr(program.graph, "positions", None)
+    tensors = [] if region is None else [*region.parameters(), *region.buffers()]
+    return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+
+
+def _caches(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"][3:]
+
+
+def _slot(node: fx.Node) -> Slot:
+    given = node.meta["input"]
+    assert isinstance(given, Input)
+    sizes = [size if isinstance(size, int) else factors(size)[0] for size in given.sizes]
+    return Slot(node.name, tuple(sizes), given.sizes.index("L"), given.dtype)

@@ -1,0 +1,201 @@
+"""Derive the program that decodes: fed the next tokens, it remembers those before.
+
+before:  cos, sin = positions(tokens)                  a = attention_0(n, cos, sin)
+         o = scaled_dot_product_attention(q, k, v, is_causal=True)
+after:   at, seen, cos, sin = positions(tokens, past, keys_0)
+         a = attention_0(n, cos, sin, keys_0, values_0, at, seen)
+         moec.remember(keys, k, at, 2);  moec.remember(values, v, at, 2)
+         o = scaled_dot_product_attention(q, keys, values, seen)
+
+Values of positions become tables, looked up at `past + [0, n)`; what attention pairs new positions with is
+remembered. The loss terms go, and no token is dropped: capacity compares the tokens of a batch, of which a
+decoder sees one each.
+
+Assumes: attention is causal, and everything else acts position by position (`position_labels.py` looks).
+Contract: exact, against `program(tokens)` without capacity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moec.ir import Pass, Program, region_of, regions
+from moec.ir.graphs import drop_unused, graph_modules, output, placeholder
+from moec.ir.inputs import Input
+from moec.ir.patterns import tensor
+from moec.ir.shapes import propagate
+
+from .position_labels import Labels, Read, Site, label_positions
+from .position_lookups import Lookups
+from .position_moves import Sequence, hint
+from .position_tables import PositionTables
+
+AT = "_looked_up"  # of names, while what they replace is there too
+
+
+@dataclass(frozen=True)
+class DeriveCache(Pass):
+    """See the module. `length`: the longest row, in positions; tables are made for so many."""
+
+    length: int
+
+    def apply(self, program: Program) -> Program:
+        root = program.graph
+        propagate(root)  # a copy in another dtype says what it was
+        tables = _tables(root, self.length)
+        labels = label_positions(root, tables.hiding())
+        _drop_terms(root)
+        _drop_capacity(root)
+        _Rewrite(program, labels, tables).run()
+        propagate(root)
+        return program
+
+
+def _tables(root: fx.GraphModule, length: int) -> PositionTables:
+    region = getattr(root, "positions", None)
+    if region is None:
+        return PositionTables(None, [], length)
+    returned = output(region.graph).args[0]
+    nodes = returned if isinstance(returned, tuple | list) else [returned]
+    sequence = Sequence(placeholder(root.graph))
+    return PositionTables(region, [tuple(sequence.dims(tensor(node))) for node in nodes], length)
+
+
+def _drop_terms(root: fx.GraphModule) -> None:
+    """Return the logits alone."""
+    end = output(root.graph)
+    if isinstance(end.args[0], tuple):
+        end.args = (end.args[0][0],)
+
+
+def _drop_capacity(root: fx.GraphModule) -> None:
+    for _, module in graph_modules(root):
+        for node in module.graph.nodes:
+            if node.target is torch.ops.moec.assign.default:
+                node.update_arg(2, 0.0)
+                node.update_arg(3, 0.0)
+
+
+class _Rewrite:
+    """Carries out what the labels say."""
+
+    def __init__(self, program: Program, labels: Labels, tables: PositionTables) -> None:
+        self.program, self.root, self.labels = program, program.graph, labels
+        self.tokens = placeholder(self.root.graph)
+        self.caches = self._caches()
+        self._add_inputs()
+        held = next(((name, site.dim) for site, (name, _) in self.caches.items()), None)
+        self.lookups = Lookups(self.root, tables, {"tokens": self.tokens, **self.inputs}, held)
+
+    def run(self) -> None:
+        for site, (_, inner) in self.caches.items():
+            self._remember(site, inner)
+        for read in self.labels.reads:
+            self._look_up(read)
+        for name in dict.fromkeys(region for region, _ in self._regional):
+            self._drop_unread_inputs(name)
+        self.lookups.finish()
+        for module in regions(self.root).values():
+            drop_unused(module)
+        drop_unused(self.root)
+
+    # inputs
+
+    def _caches(self) -> dict[Site, tuple[str, str]]:
+        """Site → (name of the cache in the root, in its region)."""
+        found: dict[Site, tuple[str, str]] = {}
+        taken: set[str] = set()
+        for site in self.labels.sites:
+            region = region_of(self.root.get_submodule(site.region)) if site.region else None
+            base = site.name if region is None else f"{site.name}_{region.index}"
+            name, count = base, 1
+            while name in taken:
+                name, count = f"{base}_{count}", count + 1
+            taken.add(name)
+            found[site] = (name, name if region is None else name.replace(f"_{region.index}", "", 1))
+        return found
+
+    def _add_inputs(self) -> None:
+        """`past`, `wanted` and the caches in the root; caches and positions in every region that uses them."""
+        graph, last = self.root.graph, self.tokens
+        self.tokens.meta = {"input": Input(("B", "n"))}
+        inputs = {"past": Input(("B",)), "wanted": Input(("B", "m"))}
+        inputs |= {name: _cache_input(site) for site, (name, _) in self.caches.items()}
+        self.inputs: dict[str, fx.Node] = {}
+        for name, like in inputs.items():
+            with graph.inserting_after(last):
+                last = self.inputs[name] = graph.placeholder(name)
+            last.meta["input"] = like
+        self._regional: dict[tuple[str, str], fx.Node] = {}
+
+    def _given(self, region: str, name: str, value: fx.Node) -> fx.Node:
+        """The input `name` of `region` that stands for `value` of the root; `value` itself in the root."""
+        if not region:
+            return value
+        if (region, name) not in self._regional:
+            module = self.root.get_submodule(region)
+            assert isinstance(module, fx.GraphModule)
+            last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
+            with module.graph.inserting_after(last):
+                self._regional[region, name] = module.graph.placeholder(name)
+            for call in [n for n in self.root.graph.nodes if n.op == "call_module" and n.target == region]:
+                call.args = (*call.args, value)
+        return self._regional[region, name]
+
+    def _drop_unread_inputs(self, region: str) -> None:
+        """Inputs that nothing reads any more: tables of positions that were replaced; the new take their names."""
+        module = self.root.get_submodule(region)
+        assert isinstance(module, fx.GraphModule)
+        places = [node for node in module.graph.nodes if node.op == "placeholder"]
+        unread = {i: node for i, node in enumerate(places) if not node.users and i > 0}
+        for call in [n for n in self.root.graph.nodes if n.op == "call_module" and n.target == region]:
+            call.args = tuple(value for i, value in enumerate(call.args) if i not in unread)
+        for node in unread.values():
+            module.graph.erase_node(node)
+        for (owner, name), node in self._regional.items():
+            if owner == region and name.endswith(AT):
+                node.name = node.target = name.removesuffix(AT)
+
+    # caches
+
+    def _remember(self, site: Site, inner: str) -> None:
+        cache = self._given(site.region, inner, self.inputs[self.caches[site][0]])
+        at = self._given(site.region, "at", self.lookups.at)
+        graph = site.value.graph
+        after = site.value if site.value.op != "placeholder" else _last_placeholder(graph)
+        with graph.inserting_after(after):
+            made = graph.call_function(torch.ops.moec.remember.default, (cache, site.value, at, site.dim))
+        made.name = f"kept_{inner}"
+        made.meta = {key: site.user.meta[key] for key in ("path", "source") if key in site.user.meta}
+        site.user.replace_input_with(site.value, cache)
+
+    # tables
+
+    def _look_up(self, read: Read) -> None:
+        value = self.lookups.value(read)
+        name = value.name if read.value is None else read.value.name
+        given = self._given(read.region, name if read.value is None else f"{name}{AT}", value)
+        if read.value is not None:
+            read.user.replace_input_with(read.value, given)
+            return
+        user = read.user  # is_causal=True
+        rest = {k: v for k, v in user.kwargs.items() if k not in ("attn_mask", "is_causal")}
+        dropout = user.args[4] if len(user.args) > 4 else rest.pop("dropout_p", 0.0)
+        user.args, user.kwargs = (*user.args[:3], given, dropout), rest
+
+
+def _cache_input(site: Site) -> Input:
+    value = tensor(site.value)
+    assert value is not None
+    batch = hint(value.shape[0]) // 2
+    sizes: list[int | str] = [hint(size) for size in value.shape]
+    sizes[0] = "B" if batch == 1 else f"{batch}*B"
+    sizes[site.dim] = "L"
+    return Input(tuple(sizes), value.dtype)
+
+
+def _last_placeholder(graph: fx.Graph) -> fx.Node:
+    return [node for node in graph.nodes if node.op == "placeholder"][-1]
