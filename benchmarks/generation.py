@@ -40,6 +40,7 @@ from moec.runtime.generate import generate
 #: Largest difference of logits, relative to the largest of them, of the same function in fp32.
 SAME = 1e-5
 PROMPT = 64
+EMBEDDING = "model.embed_tokens.weight"
 _CONSOLE = Console(width=130)
 
 
@@ -70,7 +71,7 @@ def measure(case: Case, batches: list[int], new: int, rounds: int, gb_per_s: flo
         result = Result(f"{case.name}: {case.size}", rows, PROMPT, new)
         result.difference_of_logits = compare_logits(program, twin, tokens)
         result.experts_used = round(ExpertsUsed.of(twin, tokens, new), 2)
-        result.step_gb = round(gigabytes(program, result.experts_used), 4)
+        result.step_gb = round(gigabytes(program, result.experts_used, EMBEDDING), 4)
         result.limit_ms = round(result.step_gb / gb_per_s * 1e3, 2)
         able = agreeing({**ours, **theirs}, tokens, new, result)
         result.times = timed(able, tokens, new, rounds)
@@ -99,13 +100,12 @@ def compare_logits(program: Program, twin: PreTrainedModel, tokens: Tensor) -> f
     return apart
 
 
-def gigabytes(program: Program, experts_used: float) -> float:
-    """What a step reads of the weights: experts as used, everything else once, but for the embedding."""
+def gigabytes(program: Program, experts_used: float, looked_up: str) -> float:
+    """What a step reads of the weights: experts as used, all else once, but for what is only `looked_up`."""
     experts = {name for name in program.origins if program.origins[name].experts}
     total = 0.0
     for name, weight in program.named_parameters():
-        looked_up = name.endswith("embed_tokens.weight")
-        share = experts_used / weight.shape[0] if name in experts else float(not looked_up)
+        share = experts_used / weight.shape[0] if name in experts else float(name != looked_up)
         total += share * weight.nbytes
     return total / 1e9
 

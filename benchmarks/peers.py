@@ -55,7 +55,7 @@ def deepspeed(ours: Sparse) -> nn.Module:
     except ImportError as error:
         command = "pip install --no-deps deepspeed==0.19.* einops hjson msgpack ninja py-cpuinfo"
         raise MissingPeerError(f"not installed: {command}") from error
-    _join_a_group_of_one()
+    join_a_group_of_one()
     experts, width, hidden = ours.down.shape
     factors = {"capacity_factor": 1.0, "eval_capacity_factor": 1.0, "min_capacity": 4}
     layer = MoE(width, Dense(width, hidden), experts, k=1, use_rts=False, **factors)
@@ -85,7 +85,8 @@ class _Rows(nn.Module):
         return self.pick(self.layer(x_TD.unsqueeze(0))).reshape(x_TD.shape)
 
 
-def _join_a_group_of_one() -> None:
+def join_a_group_of_one() -> None:
+    """What DeepSpeed asks of a single process; does nothing where there is a process group already."""
     import deepspeed
 
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
