@@ -105,5 +105,15 @@ class KeptBuffers:
             return sum(block.num_bytes for block in self._blocks)
 
 
+def _teach_malloc() -> None:
+    # glibc hands every freed block above 128 KiB back to the system, until it has seen one as large as this
+    # freed: from then on it keeps what is below that size. Products make such blocks by the hundred in a step
+    # (25,000 page faults less in one of 16 experts, a quarter of its time). Nothing is written to this one.
+    torch.empty(_LARGEST_MALLOC_KEEPS, dtype=torch.uint8)
+
+
+_LARGEST_MALLOC_KEEPS = 31 << 20
+_teach_malloc()
+
 GRADIENTS = KeptBuffers()
 ROWS = KeptBuffers(slack=1.25)

@@ -31,11 +31,12 @@ def _combine(rows: Tensor, weights: Tensor, order: Tensor, counts: Tensor) -> Te
     demand(fits, "combine", f"{rows.shape[0]} rows, {slots} slots, weights {shape}", "N = T * K of each")
     places_TK = invert(order).view(shape)
     if rows.device.type == "cpu" and rows.dtype == weights.dtype and rows.dtype.itemsize >= 4:
-        return _sum_bags(rows, weights, places_TK, int(counts.sum()))
+        return sum_bags(rows, weights, places_TK, int(counts.sum()))
     return _sum_slots(rows, weights, places_TK, counts)
 
 
-def _sum_bags(rows_ND: Tensor, weights_TK: Tensor, places_TK: Tensor, num_kept: int) -> Tensor:
+def sum_bags(rows_ND: Tensor, weights_TK: Tensor, places_TK: Tensor, num_kept: int) -> Tensor:
+    """The weighted sum [T,D] of the rows at `places_TK` below `num_kept`; all of one dtype, on a CPU."""
     # A token is a bag of rows, read in place: seven times as fast on a CPU as gathering them first.
     if num_kept == places_TK.numel():
         return F.embedding_bag(places_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)

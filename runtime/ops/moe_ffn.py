@@ -113,10 +113,11 @@ def forward(
     kept = ups if save else []
     del rows_ND, ups
     out_ND = ops.grouped_linear.default(hidden_NF, matrices[-1], biases[-1], counts)
-    return _mixed(ops.combine.default(out_ND, weights, order, counts), dense, mix), kept
+    return mixed(ops.combine.default(out_ND, weights, order, counts), dense, mix), kept
 
 
-def _mixed(sums_TD: Tensor, dense_TD: Tensor | None, mix_T2: Tensor | None) -> Tensor:
+def mixed(sums_TD: Tensor, dense_TD: Tensor | None, mix_T2: Tensor | None) -> Tensor:
+    """The sums, with the dense branch added or mixed in where there is one."""
     if dense_TD is None:
         return sums_TD
     if mix_T2 is None:
