@@ -52,6 +52,14 @@ class LocalProgram(Program):
             )
         return self._whole[0]
 
+    def fused(self, verify: str = "auto") -> LocalProgram:
+        """As of `Program`; not checked here, since a rank runs with the others."""
+        made = super().fused(verify)
+        assert isinstance(made, LocalProgram)
+        made._whole = self._whole
+        align_draws(made.graph, self.layout.mesh)
+        return made
+
     def fingerprint(self) -> str:
         """That of the whole program: the same on every rank, on any mesh."""
         return self.whole.fingerprint()

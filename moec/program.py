@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from moec import ir
 from moec.errors import DataError
@@ -39,6 +39,7 @@ class Program(ir.Program):
 
     backend: str = "eager"
     _compiled: Callable[[Tensor], Any] | None = None
+    _fused: tuple[Program, ...] = ()  # in a tuple: no child of this module
     _decoders: list[Decoder] | None = None
     _decoder: Decoder | None = None
 
@@ -50,13 +51,38 @@ class Program(ir.Program):
         return made
 
     def _execute(self, tokens: Tensor) -> Any:
-        if self.backend == "eager":
-            return self.graph(tokens)
+        if self.backend in ("eager", "fused"):
+            return self.executed(tokens)
         if self._compiled is None:
             compiled = torch.compile(self.graph, backend=self.backend, fullgraph=True, dynamic=True)
             object.__setattr__(self, "_compiled", compiled)
         assert self._compiled is not None
         return self._compiled(tokens)
+
+    @property
+    def executed(self) -> fx.GraphModule:
+        """The graph that runs: `graph`, or the fused one over the same weights where the backend says so."""
+        if self.backend != "fused":
+            return self.graph
+        if not self._fused:
+            self._fused = (self.fused(verify="off"),)
+        graph = self._fused[0].graph
+        if graph.training != self.graph.training:
+            graph.train(self.graph.training)
+        return graph
+
+    def fused(self, verify: str = "auto") -> Program:
+        """The same program with fewer, larger operators (stage *fused*), over the same weights.
+
+        Parameters have the same names, so it trains as this one does and loads the same state.
+        `explain()` of it says what was fused, what was not, and why. `verify`: as of `moec.compile`.
+        """
+        from moec.passes.pipeline import fused
+        from moec.passes.runner import Runner
+
+        made = Runner(verify=verify).run(self.fork(), fused())
+        assert isinstance(made, Program)
+        return made.train(self.training)
 
     def loss(self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The training loss: next-token cross-entropy plus the plan's balance and z terms; fp32 scalar.
@@ -117,9 +143,17 @@ class Program(ir.Program):
             if isinstance(getattr(module, "bias", None), Tensor)
         }
 
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As of `nn.Module`, under the user's names; with `assign=True` what is given becomes the weights."""
+        try:
+            return super().load_state_dict(*args, **options)
+        finally:
+            self._fused = ()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to()`, `.cuda()`, …: device constants in the graph follow the weights."""
         super()._apply(fn, recurse)
+        self._fused = ()  # weights may be other tensors now
         object.__setattr__(self, "_decoder", None)  # its tables stayed where they were
         some = next(self.parameters(), None)
         if some is not None:
@@ -196,7 +230,8 @@ class Program(ir.Program):
         glob."""
         from moec.explain import explain
 
-        return str(explain(self, about))
+        executed = self._fused[0] if self.backend == "fused" and self.executed else self
+        return str(explain(executed, about))
 
     def save(self, directory: str | Path) -> Path:
         """Write text, manifest and weights; `moec.load` reads them. Atomic; nothing executable is pickled.

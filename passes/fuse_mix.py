@@ -28,7 +28,7 @@ from torch import fx
 import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.ir import Check, Pass, Program, region_of, regions
 from moec.ir.graphs import drop_unused, output, placeholder
-from moec.ir.patterns import is_call, tensor
+from moec.ir.patterns import arguments_of, is_call, tensor
 
 from .fusion_notes import DeclinedError, note_fusions
 from .prove_fusion import prove_fusion
@@ -143,13 +143,22 @@ def _require_mix(root: fx.GraphModule, mix: fx.GraphModule, site: Site) -> None:
     shares = [half.args[1] for half in halves]
     read = [half.args[0] for half in halves]
     sliced = all(is_call(share, aten.slice.Tensor) for share in shares)
-    picked = [tuple(share.args[1:]) for share in shares] if sliced else []
-    if read != values[1:] or picked != [(-1, 0, 1), (-1, 1, 2)] or shares[0].args[0] is not shares[1].args[0]:
+    picked = [_bounds(share) for share in shares] if sliced else []
+    if (
+        read != values[1:]
+        or picked != [(-1, 0, 1, 1), (-1, 1, 2, 1)]
+        or shares[0].args[0] is not shares[1].args[0]
+    ):
         raise DeclinedError("its mix is another one")
     if site.sum.args[0] is not site.call.args[0]:
         raise DeclinedError("its mix reads another value than its experts")
     if sum(node.target == site.sum.target for node in root.graph.nodes if node.op == "call_module") != 1:
         raise DeclinedError("its mix is called more than once")
+
+
+def _bounds(share: fx.Node) -> tuple[Any, ...]:
+    _, dim, start, end, step = arguments_of(share)
+    return dim, start or 0, end, step
 
 
 def _require_order(site: Site) -> None:

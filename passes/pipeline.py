@@ -9,9 +9,13 @@ from .arrange_ranks import ArrangeRanks
 from .branch_experts import BranchExperts
 from .collect_terms import CollectTerms
 from .complete_canonical import CompleteCanonical
+from .complete_fused import CompleteFused
 from .derive_cache import DeriveCache
 from .drop_noops import DropNoops
 from .functionalize_writes import FunctionalizeWrites
+from .fuse_gate import FuseGate
+from .fuse_mix import FuseMix
+from .fuse_moe_ffn import FuseMoeFfn
 from .group_heads import GroupHeads
 from .lift_experts import LiftExperts
 from .lower_dense import LowerDense
@@ -84,3 +88,8 @@ def partitioned(rank: int) -> list[Pass]:
 def cached(length: int) -> list[Pass]:
     """structured, sparse or partitioned → cached: the program that decodes rows of `length` positions."""
     return [DeriveCache(length), TrimOutputs(), PickPositions()]
+
+
+def fused() -> list[Pass]:
+    """structured, sparse or partitioned → fused: fewer, larger operators, for training and for use."""
+    return [FuseGate(), FuseMoeFfn(), FuseMix(), CompleteFused()]

@@ -39,6 +39,8 @@ def _draws(node: fx.Node) -> bool:
         return bool(argument(node, 1, "p"))
     if is_call(node, ops.route.default):
         return argument(node, 4, "noise") != "none"
+    if is_call(node, ops.gate.default):
+        return argument(node, 5, "noise") != "none" or bool(argument(node, 9, "random"))
     if is_call(node, ops.admit.default, ops.assign.default):
         return bool(argument(node, len(node.args) - 2, "random"))
     return isinstance(node.target, torch._ops.OpOverload) and (

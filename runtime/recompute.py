@@ -44,9 +44,9 @@ def recomputing(program: Trainable, wanted: bool) -> Iterator[None]:
 
 def _regions(program: Trainable) -> list[fx.GraphModule]:
     backend = getattr(program, "backend", "eager")
-    if backend != "eager":
-        raise TrainError("train.recompute", f"backend = '{backend}'", "backend = 'eager'")
-    graph = getattr(program, "graph", None)
+    if backend not in ("eager", "fused"):
+        raise TrainError("train.recompute", f"backend = '{backend}'", "backend = 'eager' or 'fused'")
+    graph = getattr(program, "executed", getattr(program, "graph", None))
     inside = [regions(graph, kind) for kind in KINDS] if isinstance(graph, fx.GraphModule) else []
     found = [region for named in inside for region in named.values()]
     if not found:

@@ -140,8 +140,8 @@ class _RankOfJob:
             stack.enter_context(connected(mesh, timeout=timedelta(seconds=2 * limit)))
             agree("settings", str(settings))
             stack.enter_context(watched_axes([axis for axis, n in mesh.axes().items() if n > 1], self.trail))
-            if local.backend == "eager":  # a compiled graph has no hooks
-                stack.enter_context(self.trail.follow(local.graph))
+            if local.backend in ("eager", "fused"):  # a compiled graph has no hooks
+                stack.enter_context(self.trail.follow(local.executed))
             stack.enter_context(Watch(self.trail, mesh, self.place.rank, self.store, limit, self._end))
             trainer = Trainer(
                 local, settings, data, run.out, plan=local.plan, console=Console(stderr=run.as_json)

@@ -108,4 +108,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "placed": (*CANONICAL, _calls_regions),
     "partitioned": (*CANONICAL, _calls_regions),
     "cached": (_known_calls, _writes_caches_only, _one_spelling, _calls_regions),
+    "fused": (_known_calls, _writes_caches_only, _one_spelling, _calls_regions),
 }

@@ -44,7 +44,11 @@ class Compile(Section):
     """The `[compile]` table: how a program is captured, checked and run."""
 
     dtype: CaptureDtype = Field(default="auto", description="Dtype to capture in; auto: the model's own.")
-    backend: Literal["eager", "inductor"] = Field(default="eager", description="What runs the program.")
+    backend: Literal["eager", "fused", "inductor"] = Field(
+        default="eager",
+        description="What runs the program: the graph as it reads (eager), the same with larger operators "
+        "(fused), or what torch.compile makes of it (inductor).",
+    )
     verify: Literal["auto", "off", "full"] = Field(
         default="auto",
         description="Prove each rewrite on values and gradients: always (full), never (off), or when the "
