@@ -38,7 +38,8 @@ def compile(
     `fx.GraphModule` or an `ExportedProgram`. It is not changed, and the program owns copies of its weights.
     `plan`: a TOML file, the name of a shipped plan, a `moec.Plan`, a mapping, or None to stay dense.
     `example_inputs`: where they cannot be inferred. `verify`: "auto" (default: prove contracts where that
-    takes seconds), "full", "off". `disable`: names of passes to leave out. `backend`: "eager", "fused" or "inductor".
+    takes seconds), "full", "off". `disable`: names of passes to leave out. `backend`: "eager", "fused"
+    or "inductor".
     `world`: the number of ranks to place it on; None: as the plan's `[parallel]` and the launcher say (see
     `world_of`). On more than one, `program.partition(rank)` and `program.simulate(tokens)` follow.
     Raises `PlanError`, `CaptureError`, `PassError` or `VerifyError`; each says where, what was found, and
