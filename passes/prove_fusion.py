@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from moec.ir import Check, Program
 from moec.ir.compare import EXACT, error_of, gradients_of, worst_gradient
+from moec.ir.inputs import SAMPLES, TOKENS, factors, inputs_of
 
 from .by_hand import Pair, randomise
 
@@ -22,14 +23,44 @@ SEED = 11
 def prove_fusion(before: Program, after: Program) -> list[Check]:
     """Logits, loss terms and counts, and the gradient of every parameter, in both modes.
 
-    Nothing for programs that cannot run by themselves (of a rank, of a decoder) or have no weights yet.
+    Of a decoder the logits of one step, with memory that holds something. Nothing for the program of a rank,
+    which does not run by itself, or one without weights yet.
     """
-    alone = after.rank is None and sum(node.op == "placeholder" for node in after.graph.graph.nodes) == 1
-    if not alone or any(parameter.is_meta for parameter in after.parameters()):
+    if after.rank is not None or any(parameter.is_meta for parameter in after.parameters()):
         return []
     pair = Pair.of(before, after)
     randomise(pair.after)
+    if len(inputs_of(after.graph.graph)) > 1:
+        return [_compare_steps(pair, after.source.vocabulary)]
     return [check for training in (False, True) for check in _compare(pair, training)]
+
+
+@torch.no_grad()
+def _compare_steps(pair: Pair, vocabulary: int) -> Check:
+    given = _step_inputs(pair.after.graph, vocabulary)
+    needed, found = (graph.eval()(*(value.clone() for value in given)) for graph in (pair.before, pair.after))
+    return Check("logits of a step", error_of(found, needed), EXACT)
+
+
+def _step_inputs(graph: fx.Graph, vocabulary: int) -> list[Tensor]:
+    """Tokens, what each row holds already, which positions are wanted, and random memory."""
+    generator = torch.Generator().manual_seed(SEED)
+    limits = {"tokens": vocabulary, "past": SAMPLES["L"] - SAMPLES["n"] + 1, "wanted": SAMPLES["n"]}
+    found = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            sizes = [_sample(size) for size in node.meta.get("input", TOKENS).sizes]
+            drawn = torch.randn(sizes, generator=generator, dtype=torch.float64)
+            whole = torch.randint(limits.get(node.name, 1), sizes, generator=generator)
+            found.append(whole if node.name in limits else drawn)
+    return found
+
+
+def _sample(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    count, letter = factors(size)
+    return count * SAMPLES[letter]
 
 
 def _compare(pair: Pair, training: bool) -> list[Check]:
