@@ -18,6 +18,7 @@ from moec.runtime.ops import (
     gate,
     grouped_linear,
     jitter,
+    linear,
     losses,
     moe_ffn,
     part,
@@ -27,6 +28,7 @@ from moec.runtime.ops import (
     share,
     vocabulary,
 )
+from moec.runtime.ops.triton import register
 
 __all__ = [
     "admit",
@@ -38,9 +40,11 @@ __all__ = [
     "gate",
     "grouped_linear",
     "jitter",
+    "linear",
     "losses",
     "moe_ffn",
     "part",
+    "register",
     "remember",
     "route",
     "router",

@@ -57,7 +57,7 @@ def gate(x: Tensor, router: Tensor, bias: Tensor | None, top_k: int, gate: str) 
         parts_STE, scores_TE, scores_TE if bias is None else bias, made.weights, made.experts, made.places,
         made.block_counts, made.order, made.counts, tokens, experts, tokens * experts,
         parts_STE.shape[0], top_k, power_of_two(top_k), gate, bias is not None, blocks == 1, height, padded,
-        num_warps=4,
+        num_warps=8 if height * padded >= 4096 else 4,
     )  # fmt: skip
     if blocks != 1:
         _fill(made, experts, blocks, height * top_k)

@@ -135,7 +135,8 @@ def _pull_back(
     n = column * WIDTH + tl.arange(0, WIDTH // 2)
     dot = _through_formula(low, weight, inside, first, local, n, width, products, product_strides,
                            to_products, to_strides, weighted, LEAVES, FORMULA)  # fmt: skip
-    dot += _through_formula(high, weight, inside, first, local, n + WIDTH // 2, width, products, product_strides,
+    n += WIDTH // 2
+    dot += _through_formula(high, weight, inside, first, local, n, width, products, product_strides,
                             to_products, to_strides, weighted, LEAVES, FORMULA)  # fmt: skip
     if BIAS:
         dot += tl.where(column == 0, bias_dot, 0.0)

@@ -1,7 +1,8 @@
 """Which calls go to the kernels of this package: those on a GPU that they can compute.
 
 What they cannot (float64, noise, capacities, formulas with many leaves) goes to the plain operators, on the
-same GPU; `gate.refusal` and `moe_ffn.refusal` give the reason.
+same GPU; `gate.refusal` and `moe_ffn.refusal` give the reason. There the plain `moe_ffn` reads the counts
+back, so a program that needs it cannot stand in a CUDA graph; the plain gate does not.
 """
 
 from __future__ import annotations

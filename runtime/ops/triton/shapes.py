@@ -65,7 +65,7 @@ def shape_for(
     """
     entry = _TABLE[kind, dtype in SIXTEEN_BITS, leaves > 1]
     height = min(entry.height, power_of_two(rows_per_expert, 16))
-    columns = min(entry.width // (2 if leaves > 2 else 1), power_of_two(width, 16))
+    columns = min(max(16, entry.width // (2 if leaves > 2 else 1)), power_of_two(width, 16))
     # Small tiles have no work for many warps: 4096 elements of the result each keep one warp group busy.
     warps = entry.warps if height * columns >= 64 * 128 else min(entry.warps, 4)
     return Shape(height, columns, min(entry.depth, power_of_two(depth, 16)), warps, entry.stages, entry.group)
