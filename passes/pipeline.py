@@ -7,6 +7,7 @@ from moec.plan import Plan
 
 from .arrange_ranks import ArrangeRanks
 from .branch_experts import BranchExperts
+from .choose_products import ChooseProducts
 from .collect_terms import CollectTerms
 from .complete_canonical import CompleteCanonical
 from .complete_fused import CompleteFused
@@ -30,6 +31,7 @@ from .overlap_exchanges import OverlapExchanges
 from .pick_positions import PickPositions
 from .place_dense import PlaceDense
 from .place_experts import PlaceExperts
+from .settle_training import SettleTraining
 from .spell_activations import SpellActivations
 from .spell_attention import SpellAttention
 from .spell_linears import SpellLinears
@@ -92,4 +94,9 @@ def cached(length: int) -> list[Pass]:
 
 def fused() -> list[Pass]:
     """structured, sparse or partitioned → fused: fewer, larger operators, for training and for use."""
-    return [FuseGate(), FuseMoeFfn(), FuseMix(), CompleteFused()]
+    return [FuseGate(), FuseMoeFfn(), FuseMix(), ChooseProducts(), CompleteFused()]
+
+
+def fused_decoder() -> list[Pass]:
+    """cached → fused: as `fused`, and what a program that is never trained can leave out."""
+    return [SettleTraining(), *fused()]
