@@ -28,6 +28,7 @@ from .fusion_notes import note_fusions
 from .prove_fusion import prove_fusion
 
 LINEAR = torch.ops.aten.linear.default
+OURS = torch.ops.moec.linear.default
 SMALLEST_WEIGHT = 1 << 14
 
 
@@ -45,7 +46,7 @@ class ChooseProducts(Pass):
                 reason = self._declined(node)
                 if not reason:
                     node.args, node.kwargs = arguments_of(node), {}
-                    node.target = torch.ops.moec.linear.default
+                    node.target = OURS
                 findings.append((name or "root", reason or "linear by the table of products, moec.linear"))
             module.recompile()
         note_fusions(program, self.name, dict.fromkeys(findings))

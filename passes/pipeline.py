@@ -28,6 +28,7 @@ from .outline_attention import OutlineAttention
 from .outline_feed_forwards import OutlineFeedForwards
 from .outline_positions import OutlinePositions
 from .overlap_exchanges import OverlapExchanges
+from .pack_weights import PackWeights
 from .pick_positions import PickPositions
 from .place_dense import PlaceDense
 from .place_experts import PlaceExperts
@@ -97,6 +98,11 @@ def fused() -> list[Pass]:
     return [FuseGate(), FuseMoeFfn(), FuseMix(), ChooseProducts(), CompleteFused()]
 
 
-def fused_decoder() -> list[Pass]:
-    """cached → fused: as `fused`, and what a program that is never trained can leave out."""
-    return [SettleTraining(), *fused()]
+def fused_decoder(packed: bool = False) -> list[Pass]:
+    """cached → fused: as `fused`, and what a program that is never trained can leave out.
+
+    `packed`: weights are held a second time, as a CPU reads them fastest.
+    """
+    *fusions, _, complete = fused()
+    packing: list[Pass] = [ChooseProducts(packed=True), PackWeights()] if packed else [ChooseProducts()]
+    return [SettleTraining(), *fusions, *packing, complete]

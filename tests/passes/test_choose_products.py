@@ -9,11 +9,11 @@ import moec
 from examples.gpt import GPT, GPTConfig
 from moec.ir import Program
 from moec.ir.graphs import graph_modules
-from moec.passes.choose_products import LINEAR, ChooseProducts
+from moec.passes.choose_products import LINEAR, OURS, ChooseProducts
+from moec.passes.pack_weights import PackWeights
 from moec.passes.runner import Runner
+from moec.runtime.ops.packed import PACKED
 from moec.testing.tolerances import error_of, tolerance_of
-
-OURS = torch.ops.moec.linear.default
 
 
 def program(dtype: torch.dtype = torch.float32, width: int = 128) -> Program:
@@ -55,6 +55,22 @@ def test_what_stays_says_why() -> None:
 
 def test_packed_weights_are_for_bfloat16_too() -> None:
     assert len(calls(chosen(program(torch.bfloat16), packed=True), OURS)) == 4
+
+
+def test_packed_weights_are_found_and_forgotten_when_written_to() -> None:
+    before = program()
+    after = Runner(verify="off").run(before.fork(), [ChooseProducts(packed=True), PackWeights()])
+    weights = [node.args[1] for node in calls(after, OURS)]
+    assert len(weights) == 4
+    assert any("4 weights, 0.8 MB held twice" in note for note in after.ledger.notes)
+    held = [p for p in after.parameters() if PACKED.find(p) is not None]
+    assert len(held) == 4
+    tokens = torch.randint(0, 61, (1, 2))
+    with torch.no_grad():
+        assert error_of(after.graph(tokens), before.graph(tokens)) <= tolerance_of(torch.float32)
+        held[0].mul_(2)
+        assert error_of(after.graph(tokens), before.graph(tokens)) <= tolerance_of(torch.float32)
+    assert PACKED.find(held[0]) is None
 
 
 def test_the_fused_stage_has_it_and_the_source_is_untouched() -> None:
