@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from moec import ir
 from moec.errors import DataError
 from moec.ir.inputs import Input, factors
-from moec.passes.pipeline import cached
+from moec.passes.pipeline import cached, fused_decoder
 from moec.passes.runner import Runner
 from moec.runtime.cache import Cache, Slot
 
@@ -18,8 +18,8 @@ DEFAULT_LENGTH, SMALLEST_LENGTH = 2048, 128
 class Decoder:
     """Runs the *cached* program derived from `program`; shares its weights, in eval mode.
 
-    `program`: the derived one, to print and read. `max_positions`: what its tables were made for. Implements
-    `moec.runtime.decoding.Decoding`.
+    `program`: the derived one, to print and read; `fused`: the same with larger operators, which is what
+    runs. `max_positions`: what its tables were made for. Implements `moec.runtime.decoding.Decoding`.
     """
 
     def __init__(self, program: ir.Program, length: int) -> None:
@@ -28,6 +28,7 @@ class Decoder:
         self.state = table_state(program)
         self.program = Runner(verify="off").run(program.fork(), cached(length))
         self.program.eval()
+        self.fused = Runner(verify="off").run(self.program.fork(), fused_decoder()).eval()
         graph = self.program.graph
         self._slots = [_slot(node) for node in _caches(graph.graph)]
         some = next(iter([*graph.parameters(), *graph.buffers()]), None)
@@ -48,11 +49,13 @@ class Decoder:
     def step(self, tokens_Bn: Tensor, past_B: Tensor, wanted_Bm: Tensor, cache: Cache, length: int) -> Tensor:
         """Logits [B, m, V]; see `moec.runtime.decoding.Decoding.step`."""
         views = cache.views(tokens_Bn.shape[0], length)
-        return self.program.graph(tokens_Bn, past_B, wanted_Bm, *views)
+        return self.fused.graph(tokens_Bn, past_B, wanted_Bm, *views)
 
 
-def decoder_of(program: ir.Program, known: list[Decoder], length: int | None) -> Decoder:
-    """One of `known` that holds `length` positions and is up to date; else a new one, put among them.
+def decoder_of(
+    program: ir.Program, known: list[Decoder], length: int | None, kind: type[Decoder] = Decoder
+) -> Decoder:
+    """One of `known` that holds `length` positions and is up to date; else a new `kind`, put among them.
 
     Tables are made for a power of two of positions, so that longer and longer requests do not each make their
     own. Raises `DataError` for more positions than the model has.
@@ -66,7 +69,7 @@ def decoder_of(program: ir.Program, known: list[Decoder], length: int | None) ->
         if one.max_positions >= wanted:
             return one
     rounded = max(1 << (wanted - 1).bit_length(), SMALLEST_LENGTH)
-    known.append(Decoder(program, rounded if limit is None else min(rounded, limit)))
+    known.append(kind(program, rounded if limit is None else min(rounded, limit)))
     return known[-1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from moec.plan import Plan
 from moec.program import IGNORED, Program, at_least_float
 from moec.runtime.aligned_draws import align_draws
 from moec.runtime.trainable import LossTerms
+
+if TYPE_CHECKING:
+    from moec.decoder import Decoder
 
 c10d = torch.ops._c10d_functional
 
@@ -84,6 +88,11 @@ class LocalProgram(Program):
     def _words(self) -> Split | None:
         """How the words of the graph's logits lie on the tensor ranks; None: whole on each."""
         return logits_split(self)
+
+    def _decoder_class(self) -> type[Decoder]:
+        from moec.local_decoder import LocalDecoder
+
+        return LocalDecoder
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.shape[0] or tokens.is_floating_point():

@@ -22,14 +22,12 @@ from moec.runtime.trainable import LossTerms
 
 if TYPE_CHECKING:
     from moec.decoder import Decoder
-    from moec.decoder import Decoder
     from moec.local_program import LocalProgram
     from moec.runtime.generate import Generation, Stream
     from moec.runtime.prompts import PromptsLike
     from moec.runtime.request import Options
     from moec.simulation import Simulation
 
-FEWEST = 256  # positions of a decoder's tables, for a model that has no limit
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 
 
@@ -41,7 +39,6 @@ class Program(ir.Program):
     _compiled: Callable[[Tensor], Any] | None = None
     _fused: tuple[Program, ...] = ()  # in a tuple: no child of this module
     _decoders: list[Decoder] | None = None
-    _decoder: Decoder | None = None
 
     @classmethod
     def of(cls, program: ir.Program, backend: str = "eager") -> Program:
@@ -154,20 +151,13 @@ class Program(ir.Program):
         """`.to()`, `.cuda()`, …: device constants in the graph follow the weights."""
         super()._apply(fn, recurse)
         self._fused = ()  # weights may be other tensors now
-        object.__setattr__(self, "_decoder", None)  # its tables stayed where they were
+        self._decoders = None  # their tables stayed where they were
         some = next(self.parameters(), None)
         if some is not None:
             on_device(self.graph, some.device)
         return self
 
     # writing
-
-    def decoder(self, length: int) -> Decoder:
-        """The program that decodes rows of up to `length` positions, derived from this one; it shares the
-        weights."""
-        from moec.decoder import Decoder
-
-        return Decoder(self, length)
 
     def generate(
         self,
@@ -207,15 +197,7 @@ class Program(ir.Program):
             max_positions=self.source.max_positions,
             **options,
         )
-        return Generation(self._decoder_for(request.length), request)
-
-    def _decoder_for(self, length: int) -> Decoder:
-        """One that is kept from call to call: for all positions of the model, or for a power of two."""
-        if self._decoder is None or (self._decoder.max_positions or length) < length:
-            most = self.source.max_positions or max(FEWEST, 1 << (length - 1).bit_length())
-            object.__setattr__(self, "_decoder", self.decoder(most))
-        assert self._decoder is not None
-        return self._decoder
+        return Generation(self.decoder(request.length), request)
 
     # what others have built on top
 
@@ -268,8 +250,13 @@ class Program(ir.Program):
         from moec.decoder import decoder_of
 
         if self._decoders is None:
-            object.__setattr__(self, "_decoders", [])
-        return decoder_of(self, self._decoders, length)  # type: ignore[arg-type]
+            self._decoders = []
+        return decoder_of(self, self._decoders, length, self._decoder_class())
+
+    def _decoder_class(self) -> type[Decoder]:
+        from moec.decoder import Decoder
+
+        return Decoder
 
     def to_dtype(self, dtype: torch.dtype) -> Program:
         """A copy in another floating dtype, casts and constants included."""
