@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import moec
+from examples.gpt import GPT, GPTConfig
 from tests.runtime.ops.triton_layers import Layer
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -122,3 +125,17 @@ def test_waiting_is_seen() -> None:
         torch.ones(3).sum().item()
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ones(3, device="meta").tolist()
+
+
+def test_a_step_of_a_decoder_waits_nowhere_between_the_operators() -> None:
+    """The rest of the path: attention, caches, positions. (`moec::` operators: see above.)"""
+    model = GPT(GPTConfig(vocab=31, seq=32, layers=2, width=16, heads=2, dropout=0.0))
+    plan = {"moe": {"layers": "1::2", "experts": 4, "residual": "learned", "init": "fresh"}}
+    decoder = moec.compile(model, plan=plan, verify="off").fused().decoder(32)
+    called = {str(node.target) for part in decoder.program.graph.modules() if isinstance(part, fx.GraphModule)
+              for node in part.graph.nodes}  # fmt: skip
+    assert {"moec.gate.default", "moec.moe_ffn.default"} <= called
+    cache, rows = decoder.new_cache(2, 32), torch.zeros(2, dtype=torch.int64)
+    with Waits():
+        logits = decoder.step(rows[:, None], rows, rows[:, None], cache, 32)
+    assert logits.shape == (2, 1, 31)

@@ -63,7 +63,9 @@ def test_a_sum_is_cut_until_the_processors_are_busy() -> None:
 
 
 @triton.jit
-def _apply(x, y, z, g, out, size, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _apply(  # type: ignore[no-untyped-def]
+    x, y, z, g, out, size, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.arange(0, BLOCK)
     inside = at < size
     v0, v1 = tl.load(x + at, mask=inside, other=1.0), tl.load(y + at, mask=inside, other=1.0)
