@@ -119,6 +119,17 @@ def test_the_guide_shows_a_layer_of_one_rank_as_it_is() -> None:
     _assert_shows(ROOT / "docs" / "distributed.md", "partitioned", shown)
 
 
+@pytest.mark.golden
+def test_the_guide_shows_a_decoder_as_it_is() -> None:
+    torch.manual_seed(0)
+    program = moec.compile(gpt.small(), plan=ROOT / "examples" / "pr_moe.toml", verify="off")
+    decoder = program.decoder()
+    text, page = decoder.program.text(), ROOT / "docs" / "inference.md"
+    shown = [_part_with(line, text) for line in ("def positions(", "def attention_0(")]
+    _assert_shows(page, "cached", shown)
+    _assert_shows(page, "fused", [_part_with("def moe_1(", decoder.fused.text())])
+
+
 def _assert_shows(page: Path, marker: str, parts: list[str]) -> None:
     """The page holds these parts of a program, as code, between the comments `marker`: begin and end."""
     begin, end = (f"<!-- {marker}: {edge} -->" for edge in ("begin", "end"))
