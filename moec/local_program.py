@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from moec.runtime.trainable import LossTerms
 
 if TYPE_CHECKING:
     from moec.decoder import Decoder
+    from moec.runtime.generate import Generation, Stream
+    from moec.runtime.prompts import PromptsLike
+    from moec.runtime.request import Options
 
 c10d = torch.ops._c10d_functional
 
@@ -88,6 +91,49 @@ class LocalProgram(Program):
     def _words(self) -> Split | None:
         """How the words of the graph's logits lie on the tensor ranks; None: whole on each."""
         return logits_split(self)
+
+    def generate(
+        self,
+        tokens: PromptsLike,
+        max_new_tokens: int,
+        *,
+        stream: Stream | None = None,
+        dealt: bool = True,
+        **options: Unpack[Options],
+    ) -> Tensor | list[Tensor]:
+        """As of `Program`, by all ranks together: each calls it, and each gets the whole result.
+
+        All are given the same; data rank d writes the d-th stretch of the rows (`rows` at a time on each),
+        and `stream` is called on the ranks that write a row. With `dealt=False`, `tokens` are this rank's own
+        prompts, possibly none, and the result is of those; ranks of a tensor group are given the same.
+        Raises `MeshError` where ranks do not do the same, and the errors of `Program.generate`.
+        """
+        from moec.runtime.generate import finished
+
+        return finished(self.stream(tokens, max_new_tokens, dealt=dealt, **options), stream)
+
+    def stream(
+        self, tokens: PromptsLike, max_new_tokens: int, *, dealt: bool = True, **options: Unpack[Options]
+    ) -> Generation:
+        """The tokens of `generate` as they come, of the rows that this rank writes.
+
+        Every rank goes on to the end, or calls `close()`: ranks step together.
+        """
+        if self.layout.mesh.world == 1:
+            return super().stream(tokens, max_new_tokens, **options)
+        from moec.runtime.generate_ranks import RankGeneration
+        from moec.runtime.request import Request
+
+        request = Request.of(
+            tokens,
+            max_new_tokens,
+            vocabulary=self.source.vocabulary,
+            max_positions=self.source.max_positions,
+            least=int(dealt),
+            **options,
+        )
+        decoder = self.decoder(request.length)
+        return RankGeneration(decoder, request, self.layout.mesh, self.rank, dealt=dealt)
 
     def _decoder_class(self) -> type[Decoder]:
         from moec.local_decoder import LocalDecoder

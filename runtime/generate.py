@@ -26,18 +26,24 @@ class Generation(Iterator[Event]):
     """The tokens of a request as they come: an iterator of events (`id`: the row's number, `token`, `ended`).
 
     Work is done as events are asked for; whoever stops asking stops the work. Raises nothing of its own:
-    a request was checked when it was made.
+    a request was checked when it was made. `numbers`: the rows that are written here; left out, all.
     """
 
-    def __init__(self, decoding: Decoding, request: Request) -> None:
-        self.request = request
-        self.batch = Batch(decoding, request.rows, request.length, chunk=request.chunk, keep=request.keep)
-        self.new: list[list[int]] = [[] for _ in request.prompts.rows]
-        self.ended: list[Ended | None] = [None for _ in request.prompts.rows]
+    def __init__(self, decoding: Decoding, request: Request, numbers: range | None = None) -> None:
+        prompts = request.prompts.rows
+        self.request, self.numbers = request, range(len(prompts)) if numbers is None else numbers
+        rows = min(request.rows, len(self.numbers))
+        self.batch = Batch(decoding, rows, request.length, chunk=request.chunk, keep=request.keep)
+        self.new: list[list[int]] = [[] for _ in prompts]
+        self.ended: list[Ended | None] = [None for _ in prompts]
         self._events: deque[Event] = deque()
-        for number, prompt in enumerate(request.prompts.rows):
+        for number in self.numbers:
             self.batch.add(
-                prompt, request.max_new_tokens, sampling=request.sampling, stop=request.stop, row=number
+                prompts[number],
+                request.max_new_tokens,
+                sampling=request.sampling,
+                stop=request.stop,
+                row=number,
             )
 
     def __next__(self) -> Event:
@@ -46,17 +52,24 @@ class Generation(Iterator[Event]):
             if not len(self.batch):
                 raise StopIteration
             self._events.extend(self.batch.step())
-        event = self._events.popleft()
+        written = self._events.popleft()
+        event = written._replace(id=self.numbers[written.id])
         self.new[event.id].append(event.token)
         self.ended[event.id] = event.ended
         return event
 
     def cancel(self, row: int) -> None:
         """End a row after the tokens that were handed out; nothing happens when it has ended."""
-        if self.ended[row] is None:
-            self.batch.cancel(row)
+        if row in self.numbers and self.ended[row] is None:
+            written = self.numbers.index(row)
+            self.batch.cancel(written)
             self.ended[row] = "cancelled"
-            self._events = deque(event for event in self._events if event.id != row)
+            self._events = deque(event for event in self._events if event.id != written)
+
+    def close(self) -> None:
+        """End all rows."""
+        for row in self.numbers:
+            self.cancel(row)
 
     def result(self) -> Tensor | list[Tensor]:
         """The prompts and what was handed out so far, as `generate` returns them."""

@@ -129,11 +129,11 @@ def agree(name: str, value: str) -> None:
     if not _is_registered(WORLD) and (not dist.is_initialized() or dist.get_world_size() == 1):
         return
     mine = hashlib.sha256(value.encode()).digest()
-    theirs = _gathered(mine)
+    theirs = gathered(mine)
     others = [rank for rank, digest in enumerate(theirs) if digest != theirs[0]]
     if others:
-        lengths = [int.from_bytes(row, "big") for row in _gathered(len(value.encode()).to_bytes(8, "big"))]
-        texts = [row.rstrip(b"\0").decode() for row in _gathered(value.encode().ljust(max(lengths), b"\0"))]
+        lengths = [int.from_bytes(row, "big") for row in gathered(len(value.encode()).to_bytes(8, "big"))]
+        texts = [row.rstrip(b"\0").decode() for row in gathered(value.encode().ljust(max(lengths), b"\0"))]
         found = f"{ranks_named(others)} with another {name}: {_short(texts[others[0]])}"
         raise MeshError(name, found, f"that of rank 0 on every rank: {_short(texts[0])}")
 
@@ -146,8 +146,8 @@ def _is_registered(axis: str) -> bool:
     return True
 
 
-def _gathered(row: bytes) -> list[bytes]:
-    """The rows of all ranks, equally long, in their order."""
+def gathered(row: bytes) -> list[bytes]:
+    """The rows of all ranks, equally long, in their order; called by every rank, as `agree` is."""
     group = group_of(WORLD)
     device = "cpu" if torch.device("cpu") in group._device_types or not dist.is_initialized() else "cuda"
     mine = torch.frombuffer(bytearray(row), dtype=torch.uint8).to(device)

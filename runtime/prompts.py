@@ -30,15 +30,15 @@ class Prompts:
     given: PromptsLike
 
     @classmethod
-    def of(cls, given: PromptsLike, mask: Tensor | None, vocabulary: int) -> Prompts:
+    def of(cls, given: PromptsLike, mask: Tensor | None, vocabulary: int, least: int = 1) -> Prompts:
         """Read prompts. `mask` `[B, S]`, bool or 0 and 1: which tokens of a tensor are not padding, which may
-        stand on the left or on the right.
+        stand on the left or on the right. `least`: how many prompts there must be.
 
-        Raises `DataError` for no prompt, an empty one, tokens outside of the vocabulary, and a mask with
-        holes.
+        Raises `DataError` for too few prompts, an empty one, tokens outside of the vocabulary, and a mask
+        with holes.
         """
         rows = _of_tensor(given, mask) if isinstance(given, Tensor) else _of_list(given, mask)
-        if not rows:
+        if len(rows) < least:
             raise DataError("generate", "no prompt", "one at least")
         for number, row in enumerate(rows):
             _require_tokens(row, number, vocabulary)
@@ -47,14 +47,14 @@ class Prompts:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return max(map(len, self.rows))
+        return max(map(len, self.rows), default=0)
 
     def with_new(self, new: Sequence[Sequence[int]], pad: int) -> Tensor | list[Tensor]:
         """The prompts and what was written behind each; shorter rows of a tensor are filled with `pad`."""
         if not isinstance(self.given, Tensor):
             pairs = zip(self.given, self.rows, new, strict=True)
             return [_joined(given, [*prompt, *more]) for given, prompt, more in pairs]
-        most = max(map(len, new))
+        most = max(map(len, new), default=0)
         filled = [[*more, *[pad] * (most - len(more))] for more in new]
         written = torch.tensor(filled, dtype=self.given.dtype, device=self.given.device)
         return torch.cat([self.given, written.view(len(new), most)], dim=1)

@@ -72,17 +72,19 @@ class Request:
         rows: int | None = None,
         chunk: int | None = None,
         keep: int | None = None,
+        least: int = 1,
     ) -> Request:
         """Read a request to a program of `vocabulary` tokens and `max_positions` positions (None: no limit).
 
-        The keywords are those of `Options`. Raises `DataError` for whatever cannot be done, naming the row.
+        `least`: how many prompts there must be; the other keywords are those of `Options`. Raises `DataError`
+        for whatever cannot be done, naming the row.
         """
         counts = {"max_new_tokens": max_new_tokens, "rows": rows, "chunk": chunk, "keep": keep}
         for name, value in counts.items():
             _require_count(name, value)
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
         ending = Stop.of(stop, vocabulary)
-        prompts = Prompts.of(tokens, mask, vocabulary)
+        prompts = Prompts.of(tokens, mask, vocabulary, least)
         length = _length(prompts, max_new_tokens, max_positions, keep)
         filler = _pad(pad, ending, vocabulary)
         together = len(prompts.rows) if rows is None else min(rows, len(prompts.rows))
