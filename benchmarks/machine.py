@@ -30,7 +30,7 @@ def describe() -> dict[str, object]:
 
 
 def limits(rounds: int = 9) -> dict[str, float]:
-    """Measured peaks of this machine: float32 products in GFLOP/s by library, memory in GB/s.
+    """Measured peaks of this machine: products in GFLOP/s by library and dtype, memory in GB/s.
 
     `gflops_a_busy_core`: products by the time that processors were busy with them, whoever else used them.
     """
@@ -39,7 +39,10 @@ def limits(rounds: int = 9) -> dict[str, float]:
     products = {"mm": lambda: torch.mm(x, w.t(), out=out)}
     if torch.backends.mkldnn.is_available():
         products["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    half, half_w = x.bfloat16(), w.bfloat16()
+    products["bfloat16"] = lambda: torch.mm(half, half_w.t())
     timings = race(products, rounds)
+    half_peak = timings.pop("bfloat16")
     flops = {name: 2 * size**3 / timing.best / 1e9 for name, timing in timings.items()}
     busy = min(min(timing.busy) for timing in timings.values())
     source = torch.randn(64 << 20)
@@ -48,6 +51,8 @@ def limits(rounds: int = 9) -> dict[str, float]:
     return {
         **{f"gflops_{name}": round(value, 1) for name, value in flops.items()},
         "gflops": round(max(flops.values()), 1),
+        "gflops_float32": round(max(flops.values()), 1),
+        "gflops_bfloat16": round(2 * size**3 / half_peak.best / 1e9, 1),
         "gflops_a_busy_core": round(2 * size**3 / busy / 1e9, 1),
         "read_gb_per_s": round(source.nbytes / moves["read"].best / 1e9, 1),
         "copy_gb_per_s": round(2 * source.nbytes / moves["copy"].best / 1e9, 1),
