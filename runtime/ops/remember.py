@@ -27,6 +27,9 @@ def check_remember(cache: Tensor, new: Tensor, at: Tensor, dim: int) -> None:
 
 def _remember(cache: Tensor, new: Tensor, at: Tensor, dim: int) -> None:
     check_remember(cache, new, at, dim)
+    if at.shape[0] == 1:  # one row of the batch: every row of the cache has the same positions
+        cache.index_copy_(dim, at[0], new)
+        return
     rows = torch.arange(cache.shape[0], device=cache.device).unsqueeze(1)
     each = cache.shape[0] // max(at.shape[0], 1)
     where = at if each == 1 else at.repeat_interleave(each, 0)
