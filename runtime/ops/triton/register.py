@@ -7,7 +7,9 @@ back, so a program that needs it cannot stand in a CUDA graph; the plain gate do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,12 +23,24 @@ def available() -> bool:
 
 
 def register(key: str) -> torch.library.Library:
-    """Have the kernels called for tensors of a dispatch key ("CUDA"; "CPU" in the interpreter, for tests),
-    for as long as the library that is returned is kept. They take the place of what is registered there."""
+    """Have the kernels called for tensors of a dispatch key ("CUDA") for as long as the library that is returned
+    is kept. They take the place of what is registered there."""
     library = torch.library.Library("moec", "IMPL")
     for name, kernel in (("gate", _gate), ("moe_ffn_forward", _forward), ("moe_ffn_backward", _backward)):
         library.impl(name, kernel, key, allow_override=True)
     return library
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Inside, tensors on the CPU go to the kernels, in Triton's interpreter: for tests, slow beyond all use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # they take another's place
+        library = register("CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def _gate(

@@ -13,10 +13,10 @@ import moec.runtime.ops
 from moec.runtime.ops import moe_ffn as plain
 from moec.runtime.ops import reference
 from moec.runtime.ops.formula import read_formula
-from tests.runtime.ops.triton_layers import DEVICE, PACKED, SWIGLU, Layer, assert_close
+from tests.runtime.ops.triton_layers import DEVICE, PACKED, SWIGLU, Layer, assert_close, kernels
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
-from moec.runtime.ops.triton import launch, moe_ffn, register  # noqa: E402
+from moec.runtime.ops.triton import launch, moe_ffn  # noqa: E402
 
 GELU = "lambda h: gelu(h)"
 THREE = "lambda a, b, c: relu(a) * b + c"
@@ -62,7 +62,6 @@ def needed_of(layer: Layer) -> dict[str, Tensor]:
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize(("name", "dtype"), RUNS)
 def test_forward_and_backward(name: str, dtype: torch.dtype) -> None:
     """Through `torch.ops.moec.moe_ffn` and autograd, with the kernels registered, as a program calls them."""
@@ -71,16 +70,12 @@ def test_forward_and_backward(name: str, dtype: torch.dtype) -> None:
     leaves = {name: t for name, t in _floating(inputs) if t is not None}
     for tensor in leaves.values():
         tensor.requires_grad_()
-    library = register.register("CPU") if DEVICE.type == "cpu" else None
-    try:
+    with kernels():
         y = torch.ops.moec.moe_ffn(**inputs)
         grad = layer.gradient().to(DEVICE, y.dtype)
         gradients = torch.autograd.grad(y, list(leaves.values()), grad, materialize_grads=True)
         with torch.no_grad():
             without = torch.ops.moec.moe_ffn(**inputs)
-    finally:
-        if library is not None:
-            library._destroy()
     assert_close(y, needed["y"], dtype, "y")
     assert_close(without, needed["y"], dtype, "y without a backward")
     for name, gradient in zip(leaves, gradients, strict=True):

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from moec.runtime.ops.route import GATES
-from tests.runtime.ops.triton_layers import DEVICE, assert_close
+from tests.runtime.ops.triton_layers import DEVICE, assert_close, kernels
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
-from moec.runtime.ops.triton import register
 from moec.runtime.ops.triton.gate import gate, refusal
 
 ops = torch.ops.moec
@@ -88,20 +87,15 @@ def test_no_token() -> None:
     assert counts.tolist() == [0] * 4
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_registered_the_gate_has_its_gradient() -> None:
     """Through `torch.ops.moec.gate`, kernels beneath: the gradients of the plain operators."""
     x, router = torch.randn(11, 6, device=DEVICE), torch.randn(5, 6, device=DEVICE)
     leaves = [x.requires_grad_(), router.requires_grad_()]
     options = (None, 2, "straight-through", "none", 0.0, 0.0, 4, False, False)
     needed = ops.gate(x.double(), router.double(), *options)
-    library = register.register("CPU") if DEVICE.type == "cpu" else None
-    try:
+    with kernels():
         found = ops.gate(x, router, *options)
         grads = [torch.autograd.grad((f[0].sin().sum() + f[1].sin().sum()), leaves) for f in (found, needed)]
-    finally:
-        if library is not None:
-            library._destroy()
     for left, right in zip(*grads, strict=True):
         assert_close(left, right.double(), torch.float32, "gradient")
 

@@ -5,6 +5,7 @@ The kernels run on the GPU where there is one, and in Triton's interpreter where
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from moec.runtime.ops import reference
 from moec.runtime.ops.formula import read_formula
+from moec.runtime.ops.triton.register import interpreting
 from moec.testing.tolerances import error_of, tolerance_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,3 +98,8 @@ def assert_close(found: Tensor, needed: Tensor, dtype: torch.dtype, what: str) -
     """`found` is `needed` (fp64) but for the rounding of `dtype`, relative to scale."""
     error = error_of(found, needed)
     assert error <= tolerance_of(dtype), f"{what}: off by {error:.1e} of its scale, in {dtype}"
+
+
+def kernels() -> AbstractContextManager[None]:
+    """Inside, `torch.ops.moec` runs the Triton kernels on `DEVICE`; on a GPU it does so anyway."""
+    return interpreting() if DEVICE.type == "cpu" else nullcontext()

@@ -1,0 +1,177 @@
+"""Everything that is measured on a GPU, in one call, without a network.
+
+    python -m benchmarks.gpu [--budget 540] [--only layers] [--scattermoe FOLDER] [--out FILE.json] [--dry]
+
+Needs torch 2.11 with CUDA and Triton 3.6, and what moec itself needs; transformers, pytest and ScatterMoE
+where they are to be seen. The parts: `tests` (tests/gpu), `layers` (six sizes of SwiGLU experts against other
+implementations and the published lines), `decode` (a layer for 1 and 64 tokens), `model` (350M+PR-MoE-32/64,
+a training step and decoding). Each writes what it found, or why it could not, before the next begins; none
+begins when the budget (seconds) is too short for it. `--dry`: all parts at tiny sizes on the CPU, kernels in
+Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("benchmarks/results/gpu.json")
+PARTS = ("tests", "layers", "decode", "model")
+
+
+def tests(run: Any) -> dict[str, Any]:
+    """tests/gpu in a process of their own: the last line that pytest says, and what failed."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"failed": "pytest is not installed"}
+    run.demand(0.0 if run.dry else 60.0, "tests/gpu")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    limit = min(150.0, run.left())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()[-1:]
+    wrong = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"status": done.returncode, "summary": lines[-1] if lines else "", "wrong": wrong}
+
+
+def machine(run: Any) -> dict[str, Any]:
+    """GPU, versions, and what its library's own products and memory reach."""
+    import torch
+
+    from benchmarks.machine import describe
+
+    triton = importlib.util.find_spec("triton")
+    found = {"host": describe(), "cuda": torch.version.cuda, "triton": triton is not None}
+    if triton is not None:
+        found["triton"] = importlib.import_module("triton").__version__
+    if run.device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found | {"tflops": run.peak_flops(), "gb_per_s": run.bandwidth()}
+
+
+def part(name: str) -> Callable[[Any], dict[str, Any]]:
+    """The function that measures a part."""
+    if name in ("machine", "tests"):
+        return machine if name == "machine" else tests
+    made: Callable[[Any], dict[str, Any]] = getattr(importlib.import_module(f"benchmarks.gpu_{name}"), name)
+    return made
+
+
+def layers_table(record: Mapping[str, Any]) -> str:
+    """The layers as Markdown: forward / backward TFLOP/s, one column a contender, and the published lines."""
+    rows = [(size, row) for size, row in record.items() if isinstance(row, dict) and "sonic_published" in row]
+    names = [name for name in (rows[0][1] if rows else {}) if not name.endswith("_published")]
+    lines = ["| layer | " + " | ".join([*names, "SonicMoE, published", "ScatterMoE, published"]) + " |"]
+    lines.append("|---" * (len(names) + 3) + "|")
+    for size, row in rows:
+        published = [row["sonic_published"], row["scattermoe_published"]]
+        cells = [_speed(row[name]) for name in names] + [f"{one} / {two}" for one, two in published]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def memory_table(record: Mapping[str, Any]) -> str:
+    """The layers as Markdown: GB kept for the backward / the most at once, one column a contender."""
+    rows = [(size, row) for size, row in record.items() if isinstance(row, dict) and "sonic_published" in row]
+    names = [name for name in (rows[0][1] if rows else {}) if not name.endswith("_published")]
+    lines = [f"| layer | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for size, row in rows:
+        cells = [
+            f"{row[n]['kept_gb']:.2f} / {row[n]['peak_gb']:.2f}" if "kept_gb" in row[n] else "–"
+            for n in names
+        ]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def decode_table(record: Mapping[str, Any]) -> str:
+    """Decoding as Markdown: microseconds a layer, and the part of the memory's speed."""
+    lines = ["| layer | µs | without a graph, µs | GB/s | of the bandwidth |", "|---|---|---|---|---|"]
+    for case, row in record.items():
+        if isinstance(row, dict) and "gb_per_s" in row:
+            speeds = f"{row['microseconds_a_layer']:.1f} | {row['without_graph']:.1f} | {row['gb_per_s']:.0f}"
+            lines.append(f"| {case} | {speeds} | {row['of_bandwidth']:.0%} |")
+    return "\n".join(lines)
+
+
+def _speed(cell: Mapping[str, Any]) -> str:
+    if "failed" in cell:
+        return "–"
+    return f"{cell['forward_tflops']:.0f} / {cell['backward_tflops']:.0f}"
+
+
+def _memory(cell: Mapping[str, Any]) -> str:
+    return "–" if "failed" in cell else f"{cell['kept_gb']:.2f} / {cell['peak_gb']:.2f}"
+
+
+def reasons(record: Any, where: str = "") -> list[str]:
+    """Every `failed` in the record, with the place it stands at."""
+    if not isinstance(record, dict):
+        return []
+    here = [f"{where}: {record['failed']}"] if "failed" in record else []
+    return here + [line for name, value in record.items() for line in reasons(value, f"{where}/{name}")]
+
+
+def show(record: Mapping[str, Any]) -> None:
+    """Print the tables, what was said of tests and the model, and every reason for a gap."""
+    for title, table in (("layers", layers_table), ("layers", memory_table), ("decode", decode_table)):
+        if isinstance(record.get(title), dict):
+            print(f"\n{title}\n{table(record[title])}")
+    for name in ("machine", "tests", "model"):
+        print(f"\n{name}: {json.dumps(record.get(name), indent=1)}")
+    print("\nnot measured:", *reasons(dict(record)), sep="\n  ")
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds in all")
+    parser.add_argument("--only", choices=PARTS, action="append", help="parts to run; all, where left out")
+    parser.add_argument("--scattermoe", default="", help="a folder that holds the package scattermoe")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, in the interpreter")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the parts, write the record after each, and print it."""
+    arguments = parsed(words)
+    if arguments.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    import torch
+
+    from benchmarks.gpu_clock import Run, attempt
+    from moec.runtime.ops.triton.register import interpreting
+
+    if not arguments.dry and not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu: no CUDA device; --dry runs every part at tiny sizes on the CPU")
+    torch.manual_seed(0)
+    device = torch.device("cpu" if arguments.dry else "cuda")
+    run = Run(device, torch.bfloat16, arguments.budget, arguments.dry, arguments.rounds, arguments.scattermoe)
+    record: dict[str, Any] = {
+        "command": f"python -m benchmarks.gpu {' '.join(words or sys.argv[1:])}".strip()
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with interpreting() if arguments.dry else nullcontext():
+        for name in ("machine", *(arguments.only or PARTS)):
+            attempt(name, partial(lambda name: part(name)(run), name), record)
+            record["seconds"] = round(run.budget - run.left(), 1)
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    show(record)
+    print(f"\nwritten to {arguments.out} after {record['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()
