@@ -17,6 +17,7 @@ from .functionalize_writes import FunctionalizeWrites
 from .fuse_gate import FuseGate
 from .fuse_mix import FuseMix
 from .fuse_moe_ffn import FuseMoeFfn
+from .fuse_qkv import FuseQkv
 from .group_heads import GroupHeads
 from .lift_experts import LiftExperts
 from .lower_dense import LowerDense
@@ -105,4 +106,4 @@ def fused_decoder(packed: bool = False) -> list[Pass]:
     """
     *fusions, _, complete = fused()
     packing: list[Pass] = [ChooseProducts(packed=True), PackWeights()] if packed else [ChooseProducts()]
-    return [SettleTraining(), *fusions, *packing, complete]
+    return [SettleTraining(), FuseQkv(), *fusions, *packing, complete]

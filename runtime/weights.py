@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,14 +50,19 @@ def describe_weights(root: fx.GraphModule) -> list[WeightRecord]:
 
 def _refuse_shared_memory(root: fx.GraphModule) -> None:
     """Parameters over one memory would be saved as two; training would no longer move them together."""
-    owners: dict[int, tuple[str, Tensor]] = {}
-    for name, value in root.named_parameters():
-        if value.device.type == "meta" or not value.numel():
-            continue
-        other, known = owners.setdefault(value.untyped_storage().data_ptr(), (name, value))
-        if known is not value:
+    held = [(*_bytes_of(value), name) for name, value in root.named_parameters()
+            if value.device.type != "meta" and value.numel()]  # fmt: skip
+    held.sort()
+    for (_, end, other), (start, _, name) in pairwise(held):
+        if start < end:
             found = f"{name} and {other} are different parameters over the same memory"
             raise ArtifactError("save", found, "parameters that are one tensor, or that share no memory")
+
+
+def _bytes_of(value: Tensor) -> tuple[int, int]:
+    """Where a tensor begins in memory, and where it ends: parts of one block may lie side by side."""
+    spanned = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
+    return value.data_ptr(), value.data_ptr() + spanned * value.element_size()
 
 
 def write_tensors(
