@@ -22,18 +22,22 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moec.ir import Pass, Program, region_of, regions
+from moec.errors import VerifyError
+from moec.ir import Check, Pass, Program, region_of, regions
 from moec.ir.graphs import drop_unused, graph_modules, output, placeholder
 from moec.ir.inputs import Input
 from moec.ir.patterns import tensor
 from moec.ir.shapes import propagate
 
-from .position_labels import Labels, Read, Site, label_positions
+from .position_axes import HELD, Labels, Read, Site, refusal
+from .position_labels import label_positions
 from .position_lookups import Lookups
 from .position_moves import Sequence, hint
 from .position_tables import PositionTables
+from .prove_cached import prove_derived
 
 AT = "_looked_up"  # of names, while what they replace is there too
+ADDED_TO_SCORES = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.add.Tensor)
 
 
 @dataclass(frozen=True)
@@ -43,25 +47,48 @@ class DeriveCache(Pass):
     length: int
 
     def apply(self, program: Program) -> Program:
-        root = program.graph
-        propagate(root)  # a copy in another dtype says what it was
-        tables = _tables(root, self.length)
-        labels = label_positions(root, tables.hiding())
-        _drop_terms(root)
-        _drop_capacity(root)
-        _Rewrite(program, labels, tables).run()
-        propagate(root)
+        derive(program.graph, self.length)
         return program
+
+    def ensures(self, before: Program, after: Program) -> list[Check]:
+        """Fed in ragged steps, the derived program gives the logits of the one it was derived from."""
+        return prove_derived(before, after, lambda root: derive(root, self.length), drop_capacity)
+
+
+def derive(root: fx.GraphModule, length: int) -> None:
+    """Rewrite `root`, in place, to the program that decodes rows of up to `length` positions."""
+    propagate(root)  # a copy in another dtype says what it was
+    tables = _tables(root, length)
+    labels = label_positions(root, tables.later())
+    for read in labels.reads:
+        _check_shifted(read, tables)
+    _drop_terms(root)
+    drop_capacity(root)
+    _Rewrite(root, labels, tables).run()
+    try:
+        propagate(root)
+    except VerifyError as error:
+        raise refusal(error.where, f"sizes that do not fit held positions: {error.found}") from None
 
 
 def _tables(root: fx.GraphModule, length: int) -> PositionTables:
-    region = getattr(root, "positions", None)
+    region = next(iter(regions(root, "positions").values()), None)
     if region is None:
         return PositionTables(None, [], length)
     returned = output(region.graph).args[0]
     nodes = returned if isinstance(returned, tuple | list) else [returned]
     sequence = Sequence(placeholder(root.graph))
     return PositionTables(region, [tuple(sequence.dims(tensor(node))) for node in nodes], length)
+
+
+def _check_shifted(read: Read, tables: PositionTables) -> None:
+    """A bias counted from the end of the sequence is one counted from the start, for a softmax alone."""
+    if read.index not in tables.shifted:
+        return
+    last = dict(read.roles).get(read.rank - 1)
+    if read.user.target not in ADDED_TO_SCORES or last != HELD:
+        found = f"values that depend on the length of the sequence, read by {read.user.target}"
+        raise refusal(f"{read.region or 'root'}: {read.user.name}", found)
 
 
 def _drop_terms(root: fx.GraphModule) -> None:
@@ -71,46 +98,32 @@ def _drop_terms(root: fx.GraphModule) -> None:
         end.args = (end.args[0][0],)
 
 
-def _drop_capacity(root: fx.GraphModule) -> None:
-    """Let every expert take all that come; ranks then need not know of each other's choices."""
+def drop_capacity(root: fx.GraphModule) -> None:
+    """Let every expert take all rows that are sent to it, in place."""
     for _, module in graph_modules(root):
-        for node in list(module.graph.nodes):
-            if node.target is torch.ops.moec.admit.default:
-                _admit_all(node)
+        for node in module.graph.nodes:
             if node.target is torch.ops.moec.assign.default:
                 node.update_arg(2, 0.0)
                 node.update_arg(3, 0.0)
-
-
-def _admit_all(node: fx.Node) -> None:
-    """`admit` counts the choices of all ranks; `assign` only those here, which are all kept."""
-    experts, choices, _, *rest = node.args
-    counts = next(user for user in node.users if user.args[1] == 1)
-    for kept in [user for user in node.users if user.args[1] == 2]:  # read by the terms, which are gone
-        kept.replace_all_uses_with(counts)
-        node.graph.erase_node(kept)
-    assert isinstance(choices, fx.Node)
-    known = tensor(choices)
-    assert known is not None
-    node.target, node.args = torch.ops.moec.assign.default, (experts, int(known.shape[1]), *rest)
+        module.recompile()
 
 
 class _Rewrite:
     """Carries out what the labels say."""
 
-    def __init__(self, program: Program, labels: Labels, tables: PositionTables) -> None:
-        self.program, self.root, self.labels = program, program.graph, labels
-        self.tokens = placeholder(self.root.graph)
+    def __init__(self, root: fx.GraphModule, labels: Labels, tables: PositionTables) -> None:
+        self.root, self.labels = root, labels
+        self.tokens = placeholder(root.graph)
         self.caches = self._caches()
-        self._add_inputs()
+        self._add_inputs(Sequence(self.tokens).batch)
         held = next(((name, site.dim) for site, (name, _) in self.caches.items()), None)
-        self.lookups = Lookups(self.root, tables, {"tokens": self.tokens, **self.inputs}, held)
+        self.lookups = Lookups(root, tables, {"tokens": self.tokens, **self.inputs}, held)
 
     def run(self) -> None:
-        for site, (_, inner) in self.caches.items():
-            self._remember(site, inner)
         for read in self.labels.reads:
             self._look_up(read)
+        for site, (_, inner) in self.caches.items():
+            self._remember(site, inner)
         for name in dict.fromkeys(region for region, _ in self._regional):
             self._drop_unread_inputs(name)
         self.lookups.finish()
@@ -134,12 +147,13 @@ class _Rewrite:
             found[site] = (name, name if region is None else name.replace(f"_{region.index}", "", 1))
         return found
 
-    def _add_inputs(self) -> None:
-        """`past`, `wanted` and the caches in the root; caches and positions in every region that uses them."""
+    def _add_inputs(self, batch: int) -> None:
+        """`past`, `wanted` and the caches in the root; caches and positions in every region that uses
+        them."""
         graph, last = self.root.graph, self.tokens
-        self.tokens.meta = {"input": Input(("B", "n"))}
         inputs = {"past": Input(("B",)), "wanted": Input(("B", "m"))}
-        inputs |= {name: _cache_input(site) for site, (name, _) in self.caches.items()}
+        inputs |= {name: _cache_input(site, batch) for site, (name, _) in self.caches.items()}
+        self.tokens.meta = {"input": Input(("B", "n"))}
         self.inputs: dict[str, fx.Node] = {}
         for name, like in inputs.items():
             with graph.inserting_after(last):
@@ -154,20 +168,23 @@ class _Rewrite:
         if (region, name) not in self._regional:
             module = self.root.get_submodule(region)
             assert isinstance(module, fx.GraphModule)
-            last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
-            with module.graph.inserting_after(last):
+            with module.graph.inserting_after(_last_placeholder(module.graph)):
                 self._regional[region, name] = module.graph.placeholder(name)
-            for call in [n for n in self.root.graph.nodes if n.op == "call_module" and n.target == region]:
+            for call in self._calls(region):
                 call.args = (*call.args, value)
         return self._regional[region, name]
 
+    def _calls(self, region: str) -> list[fx.Node]:
+        return [n for n in self.root.graph.nodes if n.op == "call_module" and n.target == region]
+
     def _drop_unread_inputs(self, region: str) -> None:
-        """Inputs that nothing reads any more: tables of positions that were replaced; the new take their names."""
+        """Inputs that nothing reads any more: tables of positions that were replaced; the new take their
+        names."""
         module = self.root.get_submodule(region)
         assert isinstance(module, fx.GraphModule)
         places = [node for node in module.graph.nodes if node.op == "placeholder"]
         unread = {i: node for i, node in enumerate(places) if not node.users and i > 0}
-        for call in [n for n in self.root.graph.nodes if n.op == "call_module" and n.target == region]:
+        for call in self._calls(region):
             call.args = tuple(value for i, value in enumerate(call.args) if i not in unread)
         for node in unread.values():
             module.graph.erase_node(node)
@@ -178,10 +195,11 @@ class _Rewrite:
     # caches
 
     def _remember(self, site: Site, inner: str) -> None:
-        cache = self._given(site.region, inner, self.inputs[self.caches[site][0]])
         at = self._given(site.region, "at", self.lookups.at)
-        graph = site.value.graph
-        after = site.value if site.value.op != "placeholder" else _last_placeholder(graph)
+        cache = self._given(site.region, inner, self.inputs[self.caches[site][0]])
+        graph, after = site.value.graph, site.value
+        if after.op == "placeholder":
+            after = _last_placeholder(graph) if site.region else self.lookups.at
         with graph.inserting_after(after):
             made = graph.call_function(torch.ops.moec.remember.default, (cache, site.value, at, site.dim))
         made.name = f"kept_{inner}"
@@ -203,12 +221,12 @@ class _Rewrite:
         user.args, user.kwargs = (*user.args[:3], given, dropout), rest
 
 
-def _cache_input(site: Site) -> Input:
+def _cache_input(site: Site, batch: int) -> Input:
     value = tensor(site.value)
     assert value is not None
-    batch = hint(value.shape[0]) // 2
+    each = hint(value.shape[0]) // batch
     sizes: list[int | str] = [hint(size) for size in value.shape]
-    sizes[0] = "B" if batch == 1 else f"{batch}*B"
+    sizes[0] = "B" if each == 1 else f"{each}*B"
     sizes[site.dim] = "L"
     return Input(tuple(sizes), value.dtype)
 

@@ -19,10 +19,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from moec.ir import Pass, Program
+from moec.ir import Check, Pass, Program
 from moec.ir.dependence import token_dependent
 from moec.ir.graphs import output
 from moec.ir.patterns import same_size, tensor
+
+from .prove_cached import prove_picked
 
 aten = torch.ops.aten
 
@@ -47,6 +49,10 @@ class PickPositions(Pass):
         value.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not picked)
         program.graph.recompile()
         return program
+
+    def ensures(self, before: Program, after: Program) -> list[Check]:
+        """Asked for some positions, out of order and twice, the program gives the logits of these."""
+        return prove_picked(before, after)
 
 
 def _width(value: fx.Node) -> int:

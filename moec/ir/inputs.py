@@ -1,7 +1,7 @@
 """What the inputs of a root graph are like: `tokens` alone, or also what a decoder is given.
 
-A placeholder without a record is `tokens` i64 [B, S]. The root of a decoder has more: each carries `Input` under
-`node.meta["input"]`, its sizes spelled `"B"`, `"n"`, `"4*B"` or as plain numbers.
+A placeholder without a record is `tokens` i64 [B, S]. The root of a decoder has more: each carries `Input`
+under `node.meta["input"]`, its sizes spelled `"B"`, `"n"`, `"4*B"` or as plain numbers.
 """
 
 from __future__ import annotations
