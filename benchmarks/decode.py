@@ -1,12 +1,12 @@
 """One expert layer that decodes: few tokens, forward only, against DeepSpeed and transformers, on the CPU.
 
-    python -m benchmarks.decode [--threads 2] [--rounds 25] [--experts 64] [--tokens 8] [--dtype float32]
+    python -m benchmarks.decode [--threads 2] [--rounds 32] [--experts 64] [--tokens 8] [--dtype float32]
                                 [--peers DIR] [--out FILE.json]
 
 1, 8 and 64 tokens through d1024 f4096 with 64 and 128 experts, top-1, with and without a learned residual.
 What such a step costs is reading the weights of the experts it uses: the limit is the speed of reading
-memory in the same run. Each round has tokens of its own, the same for every contender, and between two
-rounds other memory is read, so that nobody finds weights in the cache.
+memory in the same run. Every contender goes through the same batches of tokens, each beginning with another
+one, so that none finds in the cache what it or the one before it has just read.
 
 DeepSpeed's layer has biases and GELU (so has ours beside it); transformers' has SwiGLU, and meets ours of the
 same kind. The weights of the largest case take 4.3 GB, and as much again packed; peers share them.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, product
@@ -30,10 +29,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import machine, peers
-from benchmarks.layer import DTYPES, Make, check_agreement, command, timed, write
+from benchmarks.layer import DTYPES, Contenders, Make, check_agreement, command, timed, write
 from benchmarks.layers import Shape, Sparse
 
-WIDTH, HIDDEN, INPUTS = 1024, 4096, 16
+WIDTH, HIDDEN = 1024, 4096
+INPUTS, STRIDE = 16, 5
 TOKENS, EXPERTS = (1, 8, 64), (64, 128)
 _CONSOLE = Console(width=120)
 
@@ -50,29 +50,15 @@ class Result:
     gigabytes: float
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Tokens for one round after the other; `turn` goes on to the next and empties the cache."""
+class Steps:
+    """A layer and the tokens that its calls go through, one batch after the other, from the `first` on."""
 
-    tokens: list[Tensor]
-    places: Iterator[int]
-    other: Tensor
-    place: list[int]
+    def __init__(self, layer: nn.Module, tokens: list[Tensor], first: int) -> None:
+        self.layer = layer
+        self.tokens = cycle(tokens[first % INPUTS :] + tokens[: first % INPUTS])
 
-    @classmethod
-    def of(cls, count: int, dtype: torch.dtype) -> Inputs:
-        """`INPUTS` batches of `count` tokens."""
-        made = [torch.randn(count, WIDTH).to(dtype) for _ in range(INPUTS)]
-        return cls(made, cycle(range(INPUTS)), torch.ones(32 << 20), [0])
-
-    def turn(self) -> None:
-        """The next batch; and 128 MB of something else are in the cache."""
-        self.place[0] = next(self.places)
-        self.other.sum()
-
-    def now(self) -> Tensor:
-        """The batch of this turn."""
-        return self.tokens[self.place[0]]
+    def __call__(self) -> None:
+        self.layer(next(self.tokens))
 
 
 def layers(experts: int, residual: bool, dtype: torch.dtype) -> dict[str, tuple[Sparse, dict[str, Make]]]:
@@ -83,8 +69,9 @@ def layers(experts: int, residual: bool, dtype: torch.dtype) -> dict[str, tuple[
     }
     if not residual and experts == EXPERTS[0]:
         gated = Shape(WIDTH, HIDDEN, experts, 1, gated=True)
-        eager = partial(peers.hugging_face, experts="eager")
-        others = {"transformers, eager": eager, "transformers, grouped_mm": peers.hugging_face}
+        eager: Make = partial(peers.hugging_face, experts="eager")
+        others: dict[str, Make] = {"transformers, eager": eager}
+        others["transformers, grouped_mm"] = peers.hugging_face
         found["SwiGLU"] = (Sparse(gated, dtype).eval(), others)
     return found
 
@@ -92,24 +79,23 @@ def layers(experts: int, residual: bool, dtype: torch.dtype) -> dict[str, tuple[
 @torch.no_grad()
 def measure(kind: str, ours: Sparse, others: dict[str, Make], tokens: int, rounds: int) -> Result:
     """Let ours, plain and packed, and the peers take turns on `tokens` tokens."""
-    dtype, inputs = ours.up.dtype, Inputs.of(tokens, ours.up.dtype)
+    dtype = ours.up.dtype
+    batches = [torch.randn(tokens, WIDTH).to(dtype) for _ in range(INPUTS)]
     ready: dict[str, nn.Module] = {"moec, packed weights": ours.packed(), "moec": ours}
     missing = {}
     for name, make in others.items():
         try:
-            ready[name] = _willing(name, make(ours).eval(), ours, inputs.tokens[0])
+            ready[name] = _willing(name, make(ours).eval(), ours, batches[0])
         except peers.MissingPeerError as reason:
             missing[name] = str(reason)
-    contenders = {name: partial(_step, layer, inputs) for name, layer in ready.items()}
-    times = timed(contenders, rounds, inputs.turn)
-    shape, used = ours.shape, sum(ours.used(x) for x in inputs.tokens) / INPUTS
+    steps: Contenders = {
+        name: Steps(layer, batches, STRIDE * i) for i, (name, layer) in enumerate(ready.items())
+    }
+    times = timed(steps, rounds)
+    shape, used = ours.shape, sum(ours.used(x) for x in batches) / INPUTS
     words = f"T{tokens} d{WIDTH} f{HIDDEN} E{shape.experts} K1 {kind}" + ", residual" * shape.residual
     gigabytes = (used * shape.active + shape.residual * 2 * WIDTH * HIDDEN) * dtype.itemsize / 1e9
     return Result(words, str(dtype).removeprefix("torch."), times, missing, used, gigabytes)
-
-
-def _step(layer: nn.Module, inputs: Inputs) -> None:
-    layer(inputs.now())
 
 
 def _willing(name: str, peer: nn.Module, ours: Sparse, x: Tensor) -> nn.Module:
@@ -159,7 +145,7 @@ def main() -> None:
     """Run the cases, print them, and write the record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=32)
     parser.add_argument("--experts", type=int, choices=EXPERTS, action="append")
     parser.add_argument("--tokens", type=int, choices=TOKENS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")

@@ -150,11 +150,9 @@ def check_agreement(name: str, peer: nn.Module, ours: nn.Module, x: Tensor) -> N
 _TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 6e-2}
 
 
-def timed(
-    contenders: Contenders, rounds: int, before: Callable[[], object] = lambda: None
-) -> dict[str, dict[str, float]]:
+def timed(contenders: Contenders, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each contender, and their ratio to those of "moec"; kept memory is freed afterwards."""
-    timings = race(contenders, rounds, before=before)
+    timings = race(contenders, rounds)
     ours = timings["moec"]
     GRADIENTS.clear()
     ROWS.clear()

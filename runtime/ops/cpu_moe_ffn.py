@@ -64,13 +64,14 @@ def _forward(
     formula: str, dense: Tensor | None, mix: Tensor | None, save: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     read = check_moe_ffn(x, weights, order, counts, matrices, biases, formula, dense, mix)
+    if x.shape[0] == 1 and not save:
+        return mixed(_one_token(x, weights, order, counts, matrices, biases, read), dense, mix), []
     experts, slots = _experts(order, counts, weights.shape[1]), order.shape[0]
     kept = [ROWS.empty((slots, m.shape[1]), x.dtype, x.device) for m in matrices[:-1]] if save else []
     out_ND = ROWS.empty((slots, matrices[-1].shape[1]), wide(x.dtype), x.device)
     for expert in experts:
         ups = _ups(expert, x, matrices, biases, kept)
-        down = _product(expert, read.apply(ups), matrices[-1], biases[-1])
-        expert.of(out_ND).copy_(down)
+        expert.of(out_ND).copy_(_product(expert.index, read.apply(ups), matrices[-1], biases[-1]))
     num_kept = experts[-1].end if experts else 0
     for ups_NF in kept:
         ups_NF[num_kept:].zero_()
@@ -83,23 +84,35 @@ def _ups(
     """The up products of one expert; written into `kept`, if that is not empty."""
     rows_nD = expert.rows(x)
     if not kept:
-        return [_product(expert, rows_nD, m, b) for m, b in zip(matrices[:-1], biases, strict=False)]
+        return [_product(expert.index, rows_nD, m, b) for m, b in zip(matrices[:-1], biases, strict=False)]
     ups = [expert.of(ups_NF) for ups_NF in kept]
     for up, matrix, bias in zip(ups, matrices, biases, strict=False):
         multiply(rows_nD, matrix[expert.index], None if bias is None else bias[expert.index], up)
     return ups
 
 
-def _product(expert: Expert, rows_nD: Tensor, matrix_EFD: Tensor, bias_EF: Tensor | None) -> Tensor:
-    bias = None if bias_EF is None else bias_EF[expert.index]
-    packed = packed_part(matrix_EFD, expert.index)
-    return product(rows_nD, matrix_EFD[expert.index], bias, packed)
+def _one_token(
+    x: Tensor, weights: Tensor, order: Tensor, counts: Tensor, matrices: Sequence[Tensor], biases: Biases,
+    read: Formula,
+) -> Tensor:  # fmt: skip
+    """What `_forward` sums for a single token, without tables of rows: there is nothing to sort."""
+    weights_N = weights.view(-1)[order]
+    sums_1D = torch.zeros(1, matrices[-1].shape[1], dtype=torch.promote_types(wide(x.dtype), weights.dtype))
+    for index, start, count in spans(counts, order.shape[0]):
+        ups = [_product(index, x, m, b) for m, b in zip(matrices[:-1], biases, strict=False)]
+        down_1D = _product(index, read.apply(ups), matrices[-1], biases[-1])
+        sums_1D.addcmul_(down_1D, weights_N[start : start + count].sum())
+    return sums_1D.to(x.dtype)
+
+
+def _product(index: int, rows_nD: Tensor, matrix_EFD: Tensor, bias_EF: Tensor | None) -> Tensor:
+    """Rows through the matrix of expert `index`, packed if it was."""
+    bias_F = None if bias_EF is None else bias_EF[index]
+    return product(rows_nD, matrix_EFD[index], bias_F, packed_part(matrix_EFD, index))
 
 
 def _combine(out_ND: Tensor, weights_TK: Tensor, order_N: Tensor, num_kept: int) -> Tensor:
     """The weighted sum of each token's rows, in the dtype of `out_ND` or wider."""
-    if weights_TK.shape == (1, 1) and num_kept:
-        return out_ND * weights_TK
     sums = torch.promote_types(out_ND.dtype, weights_TK.dtype)
     places_TK = invert(order_N).view(weights_TK.shape)
     return sum_bags(out_ND.to(sums), weights_TK.to(sums), places_TK, num_kept)

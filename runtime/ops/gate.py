@@ -25,10 +25,11 @@ from moec.runtime.ops.router import check_router, router_dtype
 Gated = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _gate(
+def gate_by_parts(
     x: Tensor, router: Tensor, bias: Tensor | None, top_k: int, gate: str, noise: str,
     capacity_factor: float, eval_capacity_factor: float, min_capacity: int, random: bool, training: bool,
 ) -> Gated:  # fmt: skip
+    """The three operators, one after the other."""
     ops = torch.ops.moec
     scores_TE = ops.router.default(x, router)
     weights_TK, experts_TK = ops.route.default(scores_TE, bias, top_k, gate, noise, training)
@@ -97,7 +98,7 @@ define(
     "gate(Tensor x, Tensor router, Tensor? bias, int top_k, str gate, str noise, float capacity_factor,"
     " float eval_capacity_factor, int min_capacity, bool random, bool training)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _gate,
+    gate_by_parts,
     _fake,
     random=True,
 )

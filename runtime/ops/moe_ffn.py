@@ -50,34 +50,42 @@ def check_moe_ffn(
     x: Tensor, weights: Tensor, order: Tensor, counts: Tensor, matrices: Sequence[Tensor], biases: Biases,
     formula: str, dense: Tensor | None = None, mix: Tensor | None = None,
 ) -> Formula:  # fmt: skip
-    """The formula; `OperatorError` for arguments that `moec::moe_ffn` cannot mean anything by."""
+    """The formula; `OperatorError` for arguments that `moec::moe_ffn` cannot mean anything by.
+
+    A decoder comes by here for every layer of every token: words are made only for complaints.
+    """
     name, read = "moe_ffn", read_formula(formula)
-    dims = tuple(tensor.dim() for tensor in (x, weights, order, counts))
-    demand(dims == (2, 2, 1, 1), name, f"inputs with {dims} dimensions", "[T,D], [T,K], [N], [E]")
-    demand(weights.shape[0] == x.shape[0], name, f"weights of {weights.shape[0]} tokens", f"{x.shape[0]}")
-    needed = len(read.parameters) + 1
-    found = f"{len(matrices)} matrices and {len(biases)} biases for {read}"
-    demand(len(matrices) == len(biases) == needed, name, found, f"{needed} of each: the ups, then down")
+    if (x.dim(), weights.dim(), order.dim(), counts.dim()) != (2, 2, 1, 1):
+        dims = tuple(tensor.dim() for tensor in (x, weights, order, counts))
+        demand(False, name, f"inputs with {dims} dimensions", "[T,D], [T,K], [N], [E]")
+    if weights.shape[0] != x.shape[0]:
+        demand(False, name, f"weights of {weights.shape[0]} tokens", f"{x.shape[0]}")
+    needed, experts = len(read.parameters) + 1, counts.shape[0]
+    if not len(matrices) == len(biases) == needed:
+        found = f"{len(matrices)} matrices and {len(biases)} biases for {read}"
+        demand(False, name, found, f"{needed} of each: the ups, then down")
     for place, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
-        _check_matrix(place, matrix, bias, x, counts.shape[0])
+        _check_matrix(place, matrix, bias, x, experts)
     for matrix in matrices[:-1]:
-        fits = matrix.shape[2] == x.shape[1]
-        demand(fits, name, f"an up matrix {list(matrix.shape)}", f"[E, F, {x.shape[1]}]")
+        if matrix.shape[2] != x.shape[1]:
+            demand(False, name, f"an up matrix {list(matrix.shape)}", f"[E, F, {x.shape[1]}]")
     inner, depth = read.width([matrix.shape[1] for matrix in matrices[:-1]]), matrices[-1].shape[2]
-    demand(inner == depth, name, f"a formula of width {inner}", f"{depth}, as the down matrix reads")
+    if inner != depth:
+        demand(False, name, f"a formula of width {inner}", f"{depth}, as the down matrix reads")
     _check_mix(x.shape[0], matrices[-1].shape[1], dense, mix)
     return read
 
 
 def _check_matrix(place: int, matrix: Tensor, bias: Tensor | None, x: Tensor, experts: int) -> None:
-    name, which = "moe_ffn", f"matrix {place}"
-    shaped = matrix.dim() == 3 and matrix.shape[0] == experts
-    demand(shaped, name, f"{which} {list(matrix.shape)}", f"[{experts}, out, in]")
-    demand(matrix.dtype == x.dtype, name, f"{which} of {matrix.dtype}", f"{x.dtype}, as x")
-    if bias is not None:
-        shaped = bias.dim() == 2 and bias.shape == matrix.shape[:2]
-        demand(shaped, name, f"bias {place} {list(bias.shape)}", f"[{experts}, {matrix.shape[1]}]")
-        demand(bias.dtype == x.dtype, name, f"bias {place} of {bias.dtype}", f"{x.dtype}, as x")
+    name = "moe_ffn"
+    if matrix.dim() != 3 or matrix.shape[0] != experts:
+        demand(False, name, f"matrix {place} {list(matrix.shape)}", f"[{experts}, out, in]")
+    if matrix.dtype != x.dtype:
+        demand(False, name, f"matrix {place} of {matrix.dtype}", f"{x.dtype}, as x")
+    if bias is not None and (bias.dim() != 2 or bias.shape != matrix.shape[:2]):
+        demand(False, name, f"bias {place} {list(bias.shape)}", f"[{experts}, {matrix.shape[1]}]")
+    if bias is not None and bias.dtype != x.dtype:
+        demand(False, name, f"bias {place} of {bias.dtype}", f"{x.dtype}, as x")
 
 
 def _check_mix(tokens: int, width: int, dense: Tensor | None, mix: Tensor | None) -> None:
