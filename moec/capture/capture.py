@@ -11,13 +11,13 @@ from torch.export import ExportedProgram
 
 from moec.errors import CaptureError
 from moec.ir import Origins, Program, Source
-from moec.ir.dependence import token_dependent
-from moec.ir.graphs import drop_unused, output, weight_of
+from moec.ir.graphs import drop_unused, output
 from moec.ir.shapes import propagate
 
 from .dropout import follow_training
 from .exported import export_tokens_to_logits, require_dynamic
 from .flatten import flatten
+from .longest import longest_sequence
 from .signature import Adapted, adaptations, sample_tokens
 
 
@@ -93,7 +93,7 @@ def _source(
     aliases, unused = _the_rest(model, {name for name in used if name})
     return Source(
         name=type(model).__name__, vocabulary=int(logits.shape[-1]), dtype=logits.dtype,
-        max_positions=_max_positions(graph, exported), aliases=aliases, unused=unused, notes=notes,
+        max_positions=longest_sequence(graph, exported), aliases=aliases, unused=unused, notes=notes,
     )  # fmt: skip
 
 
@@ -110,22 +110,3 @@ def _the_rest(model: nn.Module, used: set[str]) -> tuple[dict[str, str], dict[st
         if n not in used and n not in aliases and isinstance(v, Tensor)
     }
     return aliases, unused
-
-
-def _max_positions(graph: fx.GraphModule, exported: ExportedProgram) -> int | None:
-    """The longest sequence: the range torch found for S, and the rows of tables looked up by position."""
-    limits = [_range_of_sequence(exported)]
-    says = token_dependent(graph.graph)
-    for node in graph.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default and node.args[1] not in says:
-            table = weight_of(graph, node.args[0])
-            limits.append(table.shape[0] if table is not None else None)
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
-
-
-def _range_of_sequence(exported: ExportedProgram) -> int | None:
-    tokens = [node for node in exported.graph.nodes if node.op == "placeholder"][-1].meta["val"]
-    bounds = exported.range_constraints.get(tokens.shape[1].node.expr)
-    upper = bounds.upper if bounds is not None else None
-    return int(upper) if upper is not None and upper.is_Integer and int(upper) < 2**31 else None
