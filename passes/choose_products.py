@@ -23,6 +23,7 @@ from moec.ir import Check, Pass, Program
 from moec.ir.graphs import graph_modules
 from moec.ir.patterns import arguments_of, is_call, tensor
 from moec.runtime.ops.packed import DTYPES
+from moec.runtime.ops.products import choices
 
 from .fusion_notes import note_fusions
 from .prove_fusion import prove_fusion
@@ -47,7 +48,7 @@ class ChooseProducts(Pass):
                 if not reason:
                     node.args, node.kwargs = arguments_of(node), {}
                     node.target = OURS
-                findings.append((name or "root", reason or "linear by the table of products, moec.linear"))
+                findings.append((name or "root", reason or self._chosen(node)))
             module.recompile()
         note_fusions(program, self.name, dict.fromkeys(findings))
         return program
@@ -55,6 +56,14 @@ class ChooseProducts(Pass):
     def ensures(self, before: Program, after: Program) -> list[Check]:
         """Every result and gradient, in both modes."""
         return prove_fusion(before, after)
+
+    def _chosen(self, node: fx.Node) -> str:
+        """By which kernel the product is now computed."""
+        weight = tensor(node.args[1])
+        assert weight is not None
+        width, depth = weight.shape
+        kernels = choices(width, depth, weight.dtype, packed=self.packed)
+        return f"linear {depth} → {width} by the table of products, moec.linear ({kernels})"
 
     def _declined(self, node: fx.Node) -> str:
         """Why a product stays torch's own; empty when it does not."""

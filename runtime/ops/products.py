@@ -67,6 +67,19 @@ def choice(rows: int, width: int, depth: int, dtype: torch.dtype, *, packed: boo
     return _ONEDNN
 
 
+def choices(width: int, depth: int, dtype: torch.dtype, *, packed: bool = False) -> str:
+    """`choice` for every number of rows in one line: ``1 row: onednn, 2: mm turned, 3: onednn, …``."""
+    found: dict[int, str] = {}
+    for rows in (1, 2, 3, 4, 5, 16, 17, 32, 33, 48, 49, 64, 65):
+        name = choice(rows, width, depth, dtype, packed=packed).name
+        if not found or name != list(found.values())[-1]:
+            found[rows] = name
+    if len(found) == 1:
+        return found[1]
+    first, *others = (f"{rows}: {name}" for rows, name in found.items())
+    return ", ".join([f"rows from {first}", *others])
+
+
 def multiply(x_ND: Tensor, w_FD: Tensor, bias_F: Tensor | None, out_NF: Tensor) -> None:
     """Write ``x @ w.T + bias`` into `out_NF`; `x_ND` and `w_FD` may be transposed views."""
     if _kernel(x_ND, w_FD).name != "mm":

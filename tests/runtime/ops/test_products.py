@@ -11,7 +11,7 @@ from torch import Tensor
 from moec.errors import OperatorError
 from moec.runtime.ops import products
 from moec.runtime.ops.packed import PackedWeights, can_pack
-from moec.runtime.ops.products import KERNELS, SMALLEST, choice, multiply, product
+from moec.runtime.ops.products import KERNELS, SMALLEST, choice, choices, multiply, product
 from moec.testing.tolerances import error_of, tolerance_of
 
 needs_onednn = pytest.mark.skipif(
@@ -67,9 +67,19 @@ def test_the_table() -> None:
     assert all(choice(*shape, torch.float32).reason for shape in names)
 
 
-def test_without_onednn_everything_is_mm() -> None:
-    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
-        assert {choice(rows, 4096, 1024, torch.float32).name for rows in (1, 2, 16, 128)} == {"mm"}
+@needs_onednn
+def test_the_table_in_one_line() -> None:
+    assert choices(4096, 512, torch.float32) == (
+        "rows from 1: onednn, 2: mm turned, 3: onednn, 4: mm turned, 5: onednn"
+    )
+    assert choices(1024, 4096, torch.float32).endswith("64: onednn turned, 65: onednn")
+    assert choices(1024, 4096, torch.bfloat16) == "mm"
+    assert choices(1024, 4096, torch.float32, packed=True) == "packed"
+
+
+def test_without_onednn_everything_is_mm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_HAS_ONEDNN", False)
+    assert {choice(rows, 4096, 1024, torch.float32).name for rows in (1, 2, 16, 128)} == {"mm"}
 
 
 @needs_onednn
