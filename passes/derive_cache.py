@@ -99,13 +99,26 @@ def _drop_terms(root: fx.GraphModule) -> None:
 
 
 def drop_capacity(root: fx.GraphModule) -> None:
-    """Let every expert take all rows that are sent to it, in place."""
+    """Let every expert take all that come, in place; ranks need not know of each other's choices then."""
     for _, module in graph_modules(root):
-        for node in module.graph.nodes:
+        for node in list(module.graph.nodes):
+            if node.target is torch.ops.moec.admit.default:
+                _admit_all(node)
             if node.target is torch.ops.moec.assign.default:
                 node.update_arg(2, 0.0)
                 node.update_arg(3, 0.0)
-        module.recompile()
+
+
+def _admit_all(node: fx.Node) -> None:
+    """`admit` counts the choices of all ranks; `assign` only those here, which are all kept."""
+    experts, choices, _, *rest = node.args
+    counts = next(user for user in node.users if user.args[1] == 1)
+    for kept in [user for user in node.users if user.args[1] == 2]:  # read by the terms, which are gone
+        kept.replace_all_uses_with(counts)
+        node.graph.erase_node(kept)
+    known = tensor(choices)
+    assert known is not None
+    node.target, node.args = torch.ops.moec.assign.default, (experts, int(known.shape[1]), *rest)
 
 
 class _Rewrite:
