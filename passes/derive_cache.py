@@ -107,6 +107,7 @@ def drop_capacity(root: fx.GraphModule) -> None:
             if node.target is torch.ops.moec.assign.default:
                 node.update_arg(2, 0.0)
                 node.update_arg(3, 0.0)
+        module.recompile()
 
 
 def _admit_all(node: fx.Node) -> None:
