@@ -106,7 +106,14 @@ def load(directory: str | Path, *, rank: int | None = None, trust: bool = False)
     if rank is not None:
         from moec.local_program import load_local
 
-        return load_local(directory, rank, trust=trust)
+        return _run_as_planned(load_local(directory, rank, trust=trust))
     from moec.runtime.artifact import load_program
 
-    return load_program(directory, trust=trust, kind=Program)
+    return _run_as_planned(load_program(directory, trust=trust, kind=Program))
+
+
+def _run_as_planned(program: Program) -> Program:
+    """A program that was read back runs as its plan says."""
+    if program.plan is not None:
+        program.backend = program.plan.compile.backend
+    return program
