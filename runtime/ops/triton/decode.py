@@ -41,8 +41,8 @@ def decode_up(
         _decode_up, (triton.cdiv(width, shape.width), tiles.most),
         x_TD, order_N, tiles.table, tiles.most,
         tuple(matrices), strides(matrices), *biases_of(biases, x_TD),
-        out_NF, width, depth, x_TD.stride(0), x_TD.stride(1),
-        top_k, matrices[0].shape[0], len(matrices), tuple(bias is not None for bias in biases),
+        out_NF, matrices[0].shape[0], width, depth, x_TD.stride(0), x_TD.stride(1),
+        top_k, len(matrices), tuple(bias is not None for bias in biases),
         formula.forward, precision(x_TD.dtype), x_TD.shape[0] == 1,
         shape.height, shape.width, shape.depth, **shape.options,
     )  # fmt: skip
@@ -72,8 +72,8 @@ def decode_down(
         _decode_down, (triton.cdiv(width, shape.width), tiles.most, splits),
         rows_NF, order_N, tiles.table, tiles.most, (matrix_EDF,), matrix_EDF.stride(),
         *(spare if bias_ED is None else (bias_ED, *bias_ED.stride())),
-        out_SND, width, depth, part, num_rows * width,
-        matrix_EDF.shape[0], bias_ED is not None, precision(rows_NF.dtype), alone,
+        out_SND, matrix_EDF.shape[0], width, depth, part, num_rows * width,
+        bias_ED is not None, precision(rows_NF.dtype), alone,
         shape.height, shape.width, shape.depth, **shape.options,
     )  # fmt: skip
     return out_SND
@@ -107,18 +107,18 @@ def _multiply(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "experts"])
 def _decode_up(
     x, order, table, most,
     weights, weight_strides, biases, bias_strides,
-    out, width, depth, x_row, x_column,
-    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, LEAVES: tl.constexpr, BIASES: tl.constexpr,
+    out, experts, width, depth, x_row, x_column,
+    TOP_K: tl.constexpr, LEAVES: tl.constexpr, BIASES: tl.constexpr,
     FORMULA: tl.constexpr, INPUT: tl.constexpr, ALONE: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
     expert = tl.load(table + tile)
-    if (expert < 0) | (expert == EXPERTS):
+    if (expert < 0) | (expert == experts):
         return
     first = tl.load(table + most + tile)
     row = first + tl.arange(0, HEIGHT)
@@ -145,12 +145,12 @@ def _decode_up(
     tl.store(out + row.to(tl.int64)[:, None] * width + n[None, :], result, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "experts"])
 def _decode_down(
     rows, order, table, most,
     weights, weight_strides, bias, bias_expert, bias_column,
-    out, width, depth, part, part_size,
-    EXPERTS: tl.constexpr, BIAS: tl.constexpr, INPUT: tl.constexpr, ALONE: tl.constexpr,
+    out, experts, width, depth, part, part_size,
+    BIAS: tl.constexpr, INPUT: tl.constexpr, ALONE: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(1), tl.program_id(2)
@@ -162,7 +162,7 @@ def _decode_down(
     inside = row < tl.load(table + 2 * most + tile)
     n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    if expert < EXPERTS:
+    if expert < experts:
         if ALONE:
             left = rows + first.to(tl.int64) * depth
         else:

@@ -45,8 +45,8 @@ def scatter(
         tuple(rows), strides(rows), order_N, tiles.table, tiles.most, tuple(matrices), strides(matrices),
         *_or_spare(bias_ED, out_ND), *_or_spare(weights_N, out_ND)[:1],
         *_or_spare(dense_TD, out_ND), *_or_spare(mix_T2, out_ND),
-        out_ND, width, depth, columns,
-        matrices[0].shape[0], len(rows), bias_ED is not None, weights_N is not None, dense_TD is not None,
+        out_ND, matrices[0].shape[0], width, depth, columns,
+        len(rows), bias_ED is not None, weights_N is not None, dense_TD is not None,
         mix_T2 is not None, precision(rows[0].dtype), depth % shape.depth == 0,
         shape.height, shape.width, shape.depth, shape.group, **shape.options,
     )  # fmt: skip
@@ -77,13 +77,13 @@ def with_dense(
     return sums + other
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "experts", "columns"])
 def _scatter(
     rows, row_strides, order, table, most,
     weights, weight_strides, bias, bias_expert, bias_column, slot_weights,
     dense, dense_row, dense_column, mix, mix_row, mix_column,
-    out, width, depth, columns,
-    EXPERTS: tl.constexpr, LEAVES: tl.constexpr, BIAS: tl.constexpr, WEIGH: tl.constexpr, DENSE: tl.constexpr,
+    out, experts, width, depth, columns,
+    LEAVES: tl.constexpr, BIAS: tl.constexpr, WEIGH: tl.constexpr, DENSE: tl.constexpr,
     MIX: tl.constexpr, INPUT: tl.constexpr, EVEN: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def _scatter(
     inside = first + local < tl.load(table + 2 * most + tile)
     n = column * WIDTH + tl.arange(0, WIDTH)
     sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    if expert < EXPERTS:
+    if expert < experts:
         for leaf in tl.static_range(LEAVES):
             for start in range(0, depth, DEPTH):
                 k = start + tl.arange(0, DEPTH)
@@ -145,7 +145,7 @@ def combine(
     return out_TD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _combine(
     parts, slot_weights, dense, dense_row, dense_column, mix, mix_row, mix_column,
     out, tokens, width, part_size,

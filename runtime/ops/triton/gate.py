@@ -115,7 +115,7 @@ def _fill(made: _Table, experts: int, blocks: int, slots_of_a_block: int) -> Non
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _scores(
     x, router, out, tokens, experts, depth, part, part_size, x_row, x_column, router_row, router_column,
     WIDEN: tl.constexpr, INPUT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
@@ -139,7 +139,7 @@ def _scores(
     tl.store(places + expert[None, :], sums, mask=(token < tokens)[:, None] & (expert < experts)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _choose(
     parts, scores_out, bias, weights_out, experts_out, places_out, block_counts, order, counts,
     tokens, experts, part_size,
@@ -211,7 +211,7 @@ def _choose(
             tl.store(places_out + token * TOP_K + k, place, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "experts"])
 def _offsets(block_counts, counts, blocks, experts, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """Put in the place of each block's count the sum of those before it; and the sum of all into `counts`."""
     expert = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
@@ -226,7 +226,7 @@ def _offsets(block_counts, counts, blocks, experts, HEIGHT: tl.constexpr, WIDTH:
     tl.store(counts + expert, total.to(tl.int64), mask=expert < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "experts", "slots_of_a_block"])
 def _place(
     experts_of, places, block_counts, counts, order, slots, experts, slots_of_a_block,
     EXPERTS: tl.constexpr, SIZE: tl.constexpr,

@@ -21,7 +21,7 @@ from moec.runtime.ops.triton.launch import launch, precision
 from moec.runtime.ops.triton.pointwise import Pointwise
 from moec.runtime.ops.triton.shapes import Shape
 from moec.runtime.ops.triton.tiles import Tiles
-from moec.runtime.ops.triton.up import leaf_places, load_weights, place_of, store_leaf, strides
+from moec.runtime.ops.triton.up import halves, leaf_places, load_weights, place_of, store_leaf, strides
 
 
 def pull_back(
@@ -54,8 +54,9 @@ def pull_back(
         grad_TD, order_N, tiles.table, tiles.most,
         (down_EDF.mT,), down_EDF.mT.stride(), *(spare if bias_ED is None else (bias_ED, *bias_ED.stride())),
         weights_N, tuple(products), strides(products), tuple(to_products), strides(to_products),
-        weighted_NF, dots, num_rows, width, depth, columns, grad_TD.stride(0), grad_TD.stride(1),
-        top_k, down_EDF.shape[0], len(products), bias_ED is not None, formula.backward,
+        weighted_NF, dots,
+        num_rows, down_EDF.shape[0], width, depth, columns, grad_TD.stride(0), grad_TD.stride(1),
+        top_k, len(products), bias_ED is not None, formula.backward,
         precision(grad_TD.dtype), depth % shape.depth == 0,
         shape.height, shape.width, shape.depth, shape.group, **shape.options,
     )  # fmt: skip
@@ -93,13 +94,13 @@ def _load_leaf(leaves, strides, LEAF: tl.constexpr, first, local, n, wanted):
     return tl.load(leaf_places(leaves, strides, LEAF, first, local, n), mask=wanted, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "num_rows", "experts", "columns"])
 def _pull_back(
     grad, order, table, most,
     weights, weight_strides, bias, bias_expert, bias_column,
     slot_weights, products, product_strides, to_products, to_strides, weighted, dots,
-    num_rows, width, depth, columns, grad_row, grad_column,
-    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, LEAVES: tl.constexpr, BIAS: tl.constexpr,
+    num_rows, experts, width, depth, columns, grad_row, grad_column,
+    TOP_K: tl.constexpr, LEAVES: tl.constexpr, BIAS: tl.constexpr,
     FORMULA: tl.constexpr, INPUT: tl.constexpr, EVEN: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +113,7 @@ def _pull_back(
     inside = first + local < tl.load(table + 2 * most + tile)
     slot = tl.load(order + first + local, mask=inside, other=0)
     dot_places = dots + column.to(tl.int64) * num_rows + slot
-    if expert == EXPERTS:
+    if expert == experts:
         tl.store(dot_places, tl.zeros((HEIGHT,), tl.float32), mask=inside)
         return
     n = column * WIDTH + tl.arange(0, WIDTH)
@@ -131,7 +132,7 @@ def _pull_back(
             bias_dot += tl.sum(left.to(tl.float32) * added.to(tl.float32)[None, :], 1)
     weight = tl.load(slot_weights + slot, mask=inside, other=0.0)
     # Two halves, one after the other: all that the formula needs of a whole tile would not fit the registers.
-    low, high = tl.split(tl.permute(tl.reshape(sums, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
+    low, high = halves(sums, HEIGHT, WIDTH)
     n = column * WIDTH + tl.arange(0, WIDTH // 2)
     dot = _through_formula(low, weight, inside, first, local, n, width, products, product_strides,
                            to_products, to_strides, weighted, LEAVES, FORMULA)  # fmt: skip

@@ -200,7 +200,7 @@ def backward(
     if not x.shape[0]:
         return _no_tokens(layer, needed)
     down, leaves = matrices[-1], layer.of_leaves(matrices, 1)
-    shape = shape_for("rows", x.dtype, layer.rows_per_expert, layer.inner, down.shape[1], 2)
+    shape = shape_for("rows", x.dtype, layer.rows_per_expert, layer.inner, down.shape[1], max(2, len(leaves)))
     tiles, to_ups = layer.tiles(shape.height), layer.fresh(matrices[:-1], order.shape[0])
     to_leaves = layer.of_leaves(to_ups, 1)
     weighted_NF, dots_N = pull_back(

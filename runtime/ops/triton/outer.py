@@ -40,7 +40,7 @@ def outer(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _outer(
     left, right, out, counts, ends, order,
     height, width, columns, left_row, left_column, right_row, right_column, out_expert, out_row, out_column,

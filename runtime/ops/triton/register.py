@@ -23,8 +23,8 @@ def available() -> bool:
 
 
 def register(key: str) -> torch.library.Library:
-    """Have the kernels called for tensors of a dispatch key ("CUDA") for as long as the library that is returned
-    is kept. They take the place of what is registered there."""
+    """Have the kernels called for tensors of a dispatch key ("CUDA") for as long as the library that is
+    returned is kept. They take the place of what is registered there."""
     library = torch.library.Library("moec", "IMPL")
     for name, kernel in (("gate", _gate), ("moe_ffn_forward", _forward), ("moe_ffn_backward", _backward)):
         library.impl(name, kernel, key, allow_override=True)
@@ -33,7 +33,8 @@ def register(key: str) -> torch.library.Library:
 
 @contextmanager
 def interpreting() -> Iterator[None]:
-    """Inside, tensors on the CPU go to the kernels, in Triton's interpreter: for tests, slow beyond all use."""
+    """Inside, tensors on the CPU go to the kernels, in Triton's interpreter: for tests, slow beyond all
+    use."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # they take another's place
         library = register("CPU")

@@ -6,7 +6,8 @@ that weights stay in the L2 cache.
 
 *16 bits.* A warp group of Hopper multiplies 64 rows by up to 256 columns; two of them and 256 columns of
 float32 sums (128 with two leaves, whose sums are kept side by side) fill the registers without spilling, and
-three stages of such tiles fit into 228 KB. Lower tiles where experts have few rows: a tile of 128 rows with
+four stages of such tiles fit into 227 KB (five of `outer`, which must load row
+numbers first). Lower tiles where experts have few rows: a tile of 128 rows with
 20 filled wastes five sixths of its products. *32 bits* without TF32 is multiplied by the ordinary units,
 where 64 × 64 is large enough. *decode*: rows are few and the time is that of reading weights, so many narrow
 programs with deep steps keep the memory busy.
@@ -43,8 +44,8 @@ class Shape:
 
 # (kind, 16 bits, leaves beyond one) -> shape for tall stretches of rows
 _TABLE = {
-    ("rows", True, False): Shape(128, 256, 64, 8, 3),
-    ("rows", True, True): Shape(128, 128, 64, 8, 3),
+    ("rows", True, False): Shape(128, 256, 64, 8, 4),
+    ("rows", True, True): Shape(128, 128, 64, 8, 4),
     ("rows", False, False): Shape(64, 64, 32, 4, 3),
     ("rows", False, True): Shape(64, 64, 16, 8, 3),
     ("outer", True, False): Shape(128, 256, 64, 8, 5),

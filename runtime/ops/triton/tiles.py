@@ -49,7 +49,7 @@ def cut(counts: Tensor, num_rows: int, height: int) -> Tiles:
     return Tiles(table, height)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "experts", "most"])
 def _cut(
     counts, table, num_rows, experts, most, HEIGHT: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -41,8 +41,8 @@ def up(
         x_TD, order_N, tiles.table, tiles.most,
         tuple(matrices), strides(matrices), *biases_of(biases, x_TD),
         out_NF, tuple(keep) or (out_NF,), strides(keep or (out_NF,)),
-        width, depth, columns, x_TD.stride(0), x_TD.stride(1),
-        top_k, matrices[0].shape[0], len(matrices), tuple(bias is not None for bias in biases), len(keep) > 0,
+        matrices[0].shape[0], width, depth, columns, x_TD.stride(0), x_TD.stride(1),
+        top_k, len(matrices), tuple(bias is not None for bias in biases), len(keep) > 0,
         formula.forward, precision(x_TD.dtype), depth % shape.depth == 0,
         shape.height, shape.width, shape.depth, shape.group, **shape.options,
     )  # fmt: skip
@@ -109,19 +109,19 @@ def store_leaf(leaves, strides, LEAF: tl.constexpr, first, local, n, values, wan
     tl.store(places, values.to(leaves[LEAF].dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "experts", "columns"])
 def _up(
     x, order, table, most,
     weights, weight_strides, biases, bias_strides,
     out, kept, kept_strides,
-    width, depth, columns, x_row, x_column,
-    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, LEAVES: tl.constexpr, BIASES: tl.constexpr,
+    experts, width, depth, columns, x_row, x_column,
+    TOP_K: tl.constexpr, LEAVES: tl.constexpr, BIASES: tl.constexpr,
     KEEP: tl.constexpr, FORMULA: tl.constexpr, INPUT: tl.constexpr, EVEN: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, column = place_of(tl.program_id(0), most, columns, GROUP)
     expert = tl.load(table + tile)
-    if (expert < 0) | (expert == EXPERTS):
+    if (expert < 0) | (expert == experts):
         return
     first = tl.load(table + most + tile)
     local = tl.arange(0, HEIGHT)
@@ -144,6 +144,32 @@ def _up(
         if LEAVES > 2:
             right = load_weights(weights, weight_strides, 2, expert, n, k, width, depth, EVEN)
             sums2 = tl.dot(left, right, sums2, input_precision=INPUT)
+    if LEAVES > 1:
+        _finish(sums0, sums1, sums2, inside, first, local, n, expert, biases, bias_strides, out, kept,
+                kept_strides, width, LEAVES, BIASES, KEEP, FORMULA)  # fmt: skip
+    else:
+        # A wide tile in two halves, one after the other: what the formula needs of all of it would not fit.
+        low, high = halves(sums0, HEIGHT, WIDTH)
+        n = column * WIDTH + tl.arange(0, WIDTH // 2)
+        _finish(low, low, low, inside, first, local, n, expert, biases, bias_strides, out, kept,
+                kept_strides, width, LEAVES, BIASES, KEEP, FORMULA)  # fmt: skip
+        n += WIDTH // 2
+        _finish(high, high, high, inside, first, local, n, expert, biases, bias_strides, out, kept,
+                kept_strides, width, LEAVES, BIASES, KEEP, FORMULA)  # fmt: skip
+
+
+@triton.jit
+def halves(sums, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(sums, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(
+    sums0, sums1, sums2, inside, first, local, n, expert, biases, bias_strides, out, kept, kept_strides,
+    width, LEAVES: tl.constexpr, BIASES: tl.constexpr, KEEP: tl.constexpr, FORMULA: tl.constexpr,
+):  # fmt: skip
+    """Biases, the formula, and what is stored, for columns n."""
     sums0 = add_bias(sums0, biases, bias_strides, 0, BIASES, expert, n, width)
     if LEAVES > 1:
         sums1 = add_bias(sums1, biases, bias_strides, 1, BIASES, expert, n, width)

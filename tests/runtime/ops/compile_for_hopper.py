@@ -84,10 +84,11 @@ def describe(kernel: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compile one layer for training, and decoding of one token and of eight."""
+    """Compile two layers for training, and decoding of one token and of eight."""
     driver.set_active(_Hopper())
     with compile_only() as kernels:
         layer(40960, 768, 256, 128, 8, PACKED, 2, torch.bfloat16, train=True)
+        layer(8192, 1024, 4096, 32, 1, GELU, 1, torch.bfloat16, train=True, bias=True)
         layer(1, 1024, 4096, 64, 1, GELU, 1, torch.bfloat16, train=False, bias=True)
         layer(8, 1024, 4096, 64, 1, GELU, 1, torch.float16, train=False)
     for kernel in kernels:
