@@ -24,7 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path("benchmarks/results/gpu.json")
+from benchmarks import page
+
+RESULTS = page.RESULTS / "gpu.json"
 PARTS = ("tests", "layers", "decode", "model")
 
 
@@ -101,6 +103,38 @@ def decode_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def model_table(record: Mapping[str, Any]) -> str:
+    """The whole model as Markdown: a training step, fused and plain, and a decoded token."""
+    lines = ["| | ms | tokens/s |", "|---|---|---|"]
+    train, decode = record.get("train", {}), record.get("decode", {})
+    for name in ("fused", "plain"):
+        if f"{name}_ms" in train:
+            speed = f"{train[f'{name}_ms']:.0f} | {train[f'{name}_tokens_per_s']:.0f}"
+            lines.append(f"| training step of {train['tokens']:.0f} tokens, {name} | {speed} |")
+    for rows, row in decode.items():
+        if isinstance(row, dict) and "ms_a_token" in row:
+            lines.append(f"| a token of {rows} | {row['ms_a_token']:.2f} | {row['tokens_per_s']:.0f} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "Forward / backward TFLOP/s, bf16:": ("layers", layers_table),
+    "GB kept for the backward / most at once:": ("layers", memory_table),
+    "Decoding, bf16:": ("decode", decode_table),
+    "350M+PR-MoE-32/64, bf16:": ("model", model_table),
+}
+
+
+def page_tables(record: Mapping[str, Any]) -> str:
+    """All tables, each under its title, of the parts that were run."""
+    made = [
+        f"{title}\n\n{table(record[name])}"
+        for title, (name, table) in TABLES.items()
+        if isinstance(record.get(name), dict)
+    ]
+    return "\n\n".join(made)
+
+
 def _speed(cell: Mapping[str, Any]) -> str:
     if "failed" in cell:
         return "–"
@@ -120,10 +154,8 @@ def reasons(record: Any, where: str = "") -> list[str]:
 
 
 def show(record: Mapping[str, Any]) -> None:
-    """Print the tables, what was said of tests and the model, and every reason for a gap."""
-    for title, table in (("layers", layers_table), ("layers", memory_table), ("decode", decode_table)):
-        if isinstance(record.get(title), dict):
-            print(f"\n{title}\n{table(record[title])}")
+    """Print the tables, the rest of the record, and every reason for a gap."""
+    print(page_tables(record))
     for name in ("machine", "tests", "model"):
         print(f"\n{name}: {json.dumps(record.get(name), indent=1)}")
     print("\nnot measured:", *reasons(dict(record)), sep="\n  ")
@@ -141,7 +173,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scattermoe", default="", help="a folder that holds the package scattermoe")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, in the interpreter")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="the record; of a --dry run, none where left out")
     return parser.parse_args(words)
 
 
@@ -163,14 +195,24 @@ def main(words: Sequence[str] | None = None) -> None:
     record: dict[str, Any] = {
         "command": f"python -m benchmarks.gpu {' '.join(words or sys.argv[1:])}".strip()
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with interpreting() if arguments.dry else nullcontext():
         for name in ("machine", *(arguments.only or PARTS)):
             attempt(name, partial(lambda name: part(name)(run), name), record)
             record["seconds"] = round(run.budget - run.left(), 1)
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+            _write(record, arguments.out, arguments.dry)
     show(record)
-    print(f"\nwritten to {arguments.out} after {record['seconds']} s")
+    print(f"\nafter {record['seconds']} s")
+
+
+def _write(record: Mapping[str, Any], out: Path | None, dry: bool) -> None:
+    """The record as JSON; in its own place, its tables on the page too."""
+    if dry and out is None:
+        return
+    where = out or RESULTS
+    where.parent.mkdir(parents=True, exist_ok=True)
+    where.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if where.resolve() == RESULTS.resolve():
+        page.write_table(page.PAGE, "gpu", page_tables(record))
 
 
 if __name__ == "__main__":

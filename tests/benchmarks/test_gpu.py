@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_layers
+from benchmarks import gpu, gpu_layers, page
 from benchmarks.gpu_clock import OutOfTimeError, Run, attempt
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -64,6 +64,8 @@ def test_tables_show_gaps() -> None:
     record = {"layers": {"T1": row}}
     assert gpu.layers_table(record["layers"]).splitlines()[-1] == "| T1 | 401 / 399 | – | 2 / 3 | 4 / 5 |"
     assert gpu.memory_table(record["layers"]).splitlines()[-1] == "| T1 | 1.00 / 2.25 | – |"
+    tables = gpu.page_tables(record | {"decode": {"failed": "gone"}, "model": {"failed": "gone"}})
+    assert all(title in tables for title in gpu.TABLES)
     assert gpu.reasons(record) == ["/layers/T1/ScatterMoE: gone"]
 
 
@@ -73,6 +75,14 @@ def test_the_sizes_and_the_published_lines() -> None:
     assert published[-1] == (594, 586, 384, 369)
     assert str(gpu_layers.SIZES[3]) == "T32768 d4096 n256 E256 K16"
     assert gpu_layers.SIZES[0].flops == 6 * 40960 * 8 * 768 * 256
+
+
+def test_the_page_has_a_place_for_the_tables() -> None:
+    """And holds what was recorded, once there is a record."""
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert all(text.count(mark) == 1 for mark in page.marks("gpu"))
+    if gpu.RESULTS.exists():
+        assert gpu.page_tables(json.loads(gpu.RESULTS.read_text(encoding="utf-8"))) in text
 
 
 def test_a_part_that_fails_leaves_its_reason_and_the_others() -> None:
