@@ -6,8 +6,8 @@ Needs torch 2.11 with CUDA and Triton 3.6, and what moec itself needs; transform
 where they are to be seen. The parts: `tests` (tests/gpu), `layers` (six sizes of SwiGLU experts against other
 implementations and the published lines), `decode` (a layer for 1 and 64 tokens), `model` (350M+PR-MoE-32/64,
 a training step and decoding). Each writes what it found, or why it could not, before the next begins; none
-begins when the budget (seconds) is too short for it. `--dry`: all parts at tiny sizes on the CPU, kernels in
-Triton's interpreter.
+begins when the budget (seconds) is too short for it. One more part, `tune`, tries other tiles, and runs only
+where it is asked for. `--dry`: all parts at tiny sizes on the CPU, kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -169,11 +169,11 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--budget", type=float, default=540.0, help="seconds in all")
-    parser.add_argument("--only", choices=PARTS, action="append", help="parts to run; all, where left out")
+    parser.add_argument("--only", choices=(*PARTS, "tune"), action="append", help="parts to run")
     parser.add_argument("--scattermoe", default="", help="a folder that holds the package scattermoe")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, in the interpreter")
-    parser.add_argument("--out", type=Path, help="the record; of a --dry run, none where left out")
+    parser.add_argument("--out", type=Path, help="the record; benchmarks/results/gpu.json of a whole run")
     return parser.parse_args(words)
 
 
@@ -195,23 +195,23 @@ def main(words: Sequence[str] | None = None) -> None:
     record: dict[str, Any] = {
         "command": f"python -m benchmarks.gpu {' '.join(words or sys.argv[1:])}".strip()
     }
+    own = None if arguments.dry or arguments.only else RESULTS
     with interpreting() if arguments.dry else nullcontext():
         for name in ("machine", *(arguments.only or PARTS)):
             attempt(name, partial(lambda name: part(name)(run), name), record)
             record["seconds"] = round(run.budget - run.left(), 1)
-            _write(record, arguments.out, arguments.dry)
+            _write(record, arguments.out or own)
     show(record)
     print(f"\nafter {record['seconds']} s")
 
 
-def _write(record: Mapping[str, Any], out: Path | None, dry: bool) -> None:
+def _write(record: Mapping[str, Any], out: Path | None) -> None:
     """The record as JSON; in its own place, its tables on the page too."""
-    if dry and out is None:
+    if out is None:
         return
-    where = out or RESULTS
-    where.parent.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if where.resolve() == RESULTS.resolve():
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if out.resolve() == RESULTS.resolve():
         page.write_table(page.PAGE, "gpu", page_tables(record))
 
 

@@ -69,6 +69,11 @@ class Weights:
         self.down = make(size.experts, size.width, size.hidden)
 
 
+def tokens_of(size: Size, run: Run) -> Tensor:
+    """x [T, d], a leaf too."""
+    return torch.randn(size.tokens, size.width, device=run.device, dtype=run.dtype, requires_grad=True)
+
+
 def ours(weights: Weights, run: Run) -> Layer:
     """`moec.gate` and `moec.moe_ffn`, as a fused program calls them."""
     top_k, experts = weights.size.top_k, ours_experts(weights)
@@ -243,7 +248,7 @@ def layers(run: Run) -> dict[str, Any]:
     for size in TINY if run.dry else SIZES:
         row: dict[str, Any] = {"sonic_published": size.sonic, "scattermoe_published": size.scatter}
         weights = Weights(size, run)
-        x = torch.randn(size.tokens, size.width, device=run.device, dtype=run.dtype, requires_grad=True)
+        x = tokens_of(size, run)
         for name in CONTENDERS:
             attempt(name, lambda name=name, w=weights, x=x: measure(name, w.size, w, x, run), row)  # type: ignore[misc]
         record[str(size)] = row

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_layers, page
+from benchmarks import gpu, gpu_layers, gpu_tune, page
 from benchmarks.gpu_clock import OutOfTimeError, Run, attempt
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
+from moec.runtime.ops.triton import shapes
+
 ROOT = Path(gpu.__file__).parents[1]
 
 
@@ -75,6 +77,28 @@ def test_the_sizes_and_the_published_lines() -> None:
     assert published[-1] == (594, 586, 384, 369)
     assert str(gpu_layers.SIZES[3]) == "T32768 d4096 n256 E256 K16"
     assert gpu_layers.SIZES[0].flops == 6 * 40960 * 8 * 768 * 256
+
+
+def test_other_tiles_are_tried_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each candidate stands in the table while it is measured, and only then."""
+    seen = []
+
+    def stand_in(*_: Any) -> dict[str, float]:
+        seen.append(shapes.shape_for("rows", torch.bfloat16, 4096, 4096, 4096))
+        return {"forward_ms": 1.0}
+
+    monkeypatch.setattr(gpu_tune, "_layer", stand_in)
+    monkeypatch.setattr(gpu_tune, "_decoding", stand_in)
+    before = shapes.shape_for("rows", torch.bfloat16, 4096, 4096, 4096)
+    found = gpu_tune.tune(run_of())
+    candidate = gpu_tune.CANDIDATES["rows", False][0]
+    assert seen[:3] == [before, candidate, before]
+    assert shapes.shape_for("rows", torch.bfloat16, 4096, 4096, 4096) == before
+    assert found["T24 d16 n8 E4 K2, rows"] == {
+        "as it is": {"forward_ms": 1.0},
+        str(candidate): {"forward_ms": 1.0},
+    }
+    assert not gpu.reasons(found)
 
 
 def test_the_page_has_a_place_for_the_tables() -> None:

@@ -26,7 +26,7 @@ def register(key: str) -> torch.library.Library:
     """Have the kernels called for tensors of a dispatch key ("CUDA") for as long as the library that is
     returned is kept. They take the place of what is registered there."""
     library = torch.library.Library("moec", "IMPL")
-    for name, kernel in (("gate", _gate), ("moe_ffn_forward", _forward), ("moe_ffn_backward", _backward)):
+    for name, kernel in KERNELS.items():
         library.impl(name, kernel, key, allow_override=True)
     return library
 
@@ -54,7 +54,7 @@ def _gate(
     factor = capacity_factor if training else eval_capacity_factor
     if kernels.refusal(x, router, noise, training, factor):
         limits = (capacity_factor, eval_capacity_factor, min_capacity, random, training)
-        return plain._gate(x, router, bias, top_k, gate, noise, *limits)
+        return plain.gate_by_parts(x, router, bias, top_k, gate, noise, *limits)
     return kernels.gate(x, router, bias, top_k, gate)
 
 
@@ -80,4 +80,31 @@ def _backward(
     return chosen.backward(grad, x, weights, order, counts, matrices, biases, formula, ups, needed)
 
 
+def _add_rms_norm(x: Tensor, y: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    from moec.runtime.ops import add_norm as plain
+    from moec.runtime.ops.triton import add_norm as kernels
+
+    if kernels.refusal(x):
+        return plain.add_rms_norm(x, y, weight, eps)
+    return kernels.add_norm(x, y, weight, None, eps, centred=False)
+
+
+def _add_layer_norm(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    from moec.runtime.ops import add_norm as plain
+    from moec.runtime.ops.triton import add_norm as kernels
+
+    if kernels.refusal(x):
+        return plain.add_layer_norm(x, y, weight, bias, eps)
+    return kernels.add_norm(x, y, weight, bias, eps, centred=True)
+
+
+KERNELS = {
+    "gate": _gate,
+    "moe_ffn_forward": _forward,
+    "moe_ffn_backward": _backward,
+    "add_rms_norm": _add_rms_norm,
+    "add_layer_norm": _add_layer_norm,
+}
 LIBRARY = register("CUDA") if available() else None

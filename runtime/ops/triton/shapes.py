@@ -15,6 +15,8 @@ programs with deep steps keep the memory busy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +72,18 @@ def shape_for(
     # Small tiles have no work for many warps: 4096 elements of the result each keep one warp group busy.
     warps = entry.warps if height * columns >= 64 * 128 else min(entry.warps, 4)
     return Shape(height, columns, min(entry.depth, power_of_two(depth, 16)), warps, entry.stages, entry.group)
+
+
+@contextmanager
+def instead(kind: str, dtype: torch.dtype, several_leaves: bool, shape: Shape) -> Iterator[None]:
+    """Inside, another entry of the table, for whoever measures which is the best."""
+    key = (kind, dtype in SIXTEEN_BITS, several_leaves)
+    before = _TABLE[key]
+    _TABLE[key] = shape
+    try:
+        yield
+    finally:
+        _TABLE[key] = before
 
 
 def splits_for(programs: int, depth: int, step: int, processors: int) -> int:
