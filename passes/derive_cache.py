@@ -223,16 +223,32 @@ class _Rewrite:
     # tables
 
     def _look_up(self, read: Read) -> None:
-        value = self.lookups.value(read)
-        name = value.name if read.value is None else read.value.name
-        given = self._given(read.region, name if read.value is None else f"{name}{AT}", value)
+        value, table = self.lookups.value(read), read.table
+        given = self._given(read.region, value.name if table is None else f"{table.name}{AT}", value)
         if read.value is not None:
-            read.user.replace_input_with(read.value, given)
+            found = given if read.value is table else _part_of(given, read)
+            read.user.replace_input_with(read.value, found)
             return
         user = read.user  # is_causal=True
         rest = {k: v for k, v in user.kwargs.items() if k not in ("attn_mask", "is_causal")}
         dropout = user.args[4] if len(user.args) > 4 else rest.pop("dropout_p", 0.0)
         user.args, user.kwargs = (*user.args[:3], given, dropout), rest
+
+
+def _part_of(given: fx.Node, read: Read) -> fx.Node:
+    """What `read.value` took of its table, taken of what is looked up in its place; both have the same last
+    dims."""
+    taken, table = read.value, tensor(read.table)
+    assert taken is not None
+    assert table is not None
+    dim, *rest = taken.args[1:]
+    assert isinstance(dim, int)
+    with read.user.graph.inserting_before(read.user):
+        part = torch.ops.moec.part.default
+        made = read.user.graph.call_function(part, (given, dim % table.dim() - table.dim(), *rest))
+    made.meta = {key: taken.meta[key] for key in ("path", "source", "placement") if key in taken.meta}
+    made.name = taken.name
+    return made
 
 
 def _cache_input(site: Site, batch: int) -> Input:

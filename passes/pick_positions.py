@@ -66,7 +66,9 @@ def _earliest(graph: fx.Graph) -> fx.Node:
     tokens = next(node for node in graph.nodes if node.op == "placeholder")
     says, sizes = token_dependent(graph), tensor(tokens)
     assert sizes is not None
-    best = value = output(graph).args[0]
+    value = output(graph).args[0]
+    assert isinstance(value, fx.Node)
+    best = value
     while True:
         sources = [node for node in value.all_input_nodes if node in says]
         if value.op != "call_function" or len(sources) != 1:

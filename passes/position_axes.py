@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from moec.errors import PassError
+from moec.ir.patterns import is_call
 
 BATCH, NEW, HELD, ROWS = "batch", "new", "held", "rows"
 Roles = Mapping[int, str]
@@ -68,6 +70,12 @@ class Read:
     rank: int
     roles: tuple[tuple[int, str], ...]
     times: int = 1
+
+    @property
+    def table(self) -> fx.Node | None:
+        """The table that `value` is, or is a rank's part of."""
+        taken = is_call(self.value, torch.ops.moec.part.default)
+        return self.value.args[0] if taken else self.value  # type: ignore[return-value, union-attr]
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class _Walk:
     def _call(self, scope: Scope, node: fx.Node) -> Any:
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             held = scope.known.get(node.args[0])
-            return held[node.args[1]] if isinstance(held, list) else None
+            return held[node.args[1]] if isinstance(held, list) else None  # type: ignore[index]
         if node.target in READS_SHAPE_ONLY:
             return self._shaped(scope, node)
         if not any(isinstance(scope.known.get(n), Axes | Table) for n in node.all_input_nodes):

@@ -34,7 +34,10 @@ def later_of(scope: Scope, node: fx.Node) -> float | None:
         made = _number(node, dict(zip(operands, values, strict=True)))
         if made is None:
             return None
-        found.append(made)
+        if made == made:  # what is no number here is none when recomputing either
+            found.append(made)
+    if not found:
+        return None
     if max(found) <= HIDDEN_SCORE or min(found) == max(found):
         return max(found)
     return None
@@ -67,8 +70,7 @@ def _number(node: fx.Node, numbers: dict[fx.Node, Tensor]) -> float | None:
     except (RuntimeError, TypeError, ValueError):
         return None  # it reads more than numbers: nothing is known
     known = isinstance(made, Tensor) and made.numel() == 1 and not made.dtype.is_complex
-    number = float(made) if known else float("nan")
-    return None if number != number else number
+    return float(made) if known else None
 
 
 def _plain(source: fx.Node) -> Any:

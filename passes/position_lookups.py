@@ -62,7 +62,7 @@ class Lookups:
         """The value, in the root, that stands for what `read` read; broadcasts over the batch."""
         key = (read.index, read.rank, read.roles, read.times)
         if key not in self.made:
-            name = "visible" if read.value is None else read.value.name
+            name = "visible" if read.table is None else read.table.name
             self.made[key] = self._leaves(self._looked_up(read, name), name)
         return self.made[key]
 

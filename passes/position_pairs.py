@@ -95,13 +95,19 @@ def _weighed(scope: Scope, node: fx.Node) -> None:
         raise scope.refuse(node, "a sum over positions in which those after its own count")
 
 
-def meet(scope: Scope, node: fx.Node, labelled: list[fx.Node], rank: int) -> None:
-    """A value of new positions that meets held ones in the same dim has to be remembered."""
+def meet(scope: Scope, node: fx.Node, labelled: list[fx.Node], rank: int) -> list[dict[int, str]]:
+    """The roles of values of tokens that are broadcast together to `rank` dims; one of new positions that
+    meets held ones in the same dim is remembered."""
     roles = {value: scope.aligned(value, rank) for value in labelled}
     held = {dim for known in roles.values() for dim, role in known.items() if role == HELD}
     for value in labelled:
         if isinstance(scope.known[value], Axes) and any(roles[value].get(dim) == NEW for dim in held):
             scope.remember(node, value, "held")
+    return [
+        {dim: HELD if dim in held else role for dim, role in roles[value].items()}
+        for value in labelled
+        if isinstance(scope.known[value], Axes)
+    ]
 
 
 def along(scope: Scope, node: fx.Node, axes: Axes, dim: int) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.ir.patterns import argument, tensor
+from moec.ir.patterns import argument, is_call, tensor
 
 from .position_axes import HELD, NEW, Axes, Roles, Table
 from .position_later import later_of
@@ -34,7 +34,8 @@ LAST_DIMS = {
 # Pointwise, though not all are marked so.
 POINTWISE = {
     aten.dropout.default, aten.to.dtype, aten._to_copy.default, aten.to.device, aten.softplus.default,
-    aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.where.self,
+    aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar,
+    aten.__or__.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.where.self,
 }  # fmt: skip
 
 
@@ -52,9 +53,7 @@ def pointwise(scope: Scope, node: fx.Node) -> Axes:
     """Number by number: dims that are broadcast together have one role."""
     labelled = [n for n in node.all_input_nodes if isinstance(scope.known.get(n), Axes | Table)]
     rank = rank_of(node)
-    meet(scope, node, labelled, rank)
-    values = [n for n in labelled if isinstance(scope.known[n], Axes)]
-    roles = merged(scope, node, [scope.aligned(value, rank) for value in values])
+    roles = merged(scope, node, meet(scope, node, labelled, rank))
     for value in labelled:
         if isinstance(scope.known[value], Table):
             roles = merged(scope, node, [roles, scope.read(node, value, rank, roles)])
@@ -106,7 +105,7 @@ def last_dims(scope: Scope, node: fx.Node) -> Axes:
 
 def looked_up(scope: Scope, node: fx.Node) -> Axes:
     """An embedding of tokens."""
-    if scope.known.get(node.args[0]) is not None:  # type: ignore[call-overload]
+    if isinstance(node.args[0], fx.Node) and scope.known.get(node.args[0]) is not None:
         raise scope.refuse(node, "a lookup in what depends on tokens or positions")
     return Axes(scope.axes(node.args[1]).roles)
 
@@ -125,6 +124,8 @@ def moved(scope: Scope, node: fx.Node) -> Any:
 
 def between_ranks(scope: Scope, node: fx.Node) -> Any:
     """Exchanges add or gather what other ranks have of the same positions."""
+    if is_call(node, torch.ops.moec.part.default):
+        return part_of(scope, node)
     given = next(n for n in node.all_input_nodes if isinstance(scope.known.get(n), Axes))
     same, value = tensor(given), tensor(node)
     if same is None or value is None:
@@ -132,6 +133,17 @@ def between_ranks(scope: Scope, node: fx.Node) -> Any:
     kept = {d: r for d, r in scope.axes(given).roles.items() if d < value.dim()}
     alike = all(str(value.shape[d]) == str(same.shape[d]) for d in kept) and value.dim() == same.dim()
     return Axes(kept if alike else scope.sequence.by_size(value))
+
+
+def part_of(scope: Scope, node: fx.Node) -> Axes | Table:
+    """A rank's part of what all ranks hold: of a table, whoever reads it looks up the whole and takes its
+    part then."""
+    known = scope.known[node.args[0]]  # type: ignore[index]
+    dim = node.args[1] % rank_of(node)  # type: ignore[operator]
+    if dim in (known.dims if isinstance(known, Table) else known.roles):
+        raise scope.refuse(node, "a part of the positions")
+    assert isinstance(known, Axes | Table)
+    return known
 
 
 RULES: tuple[tuple[set[Any], Rule], ...] = (

@@ -14,10 +14,12 @@ from torch import Tensor, fx
 
 from moec.errors import PassError
 from moec.ir.graphs import fork
+from moec.ir.patterns import tensor
 
 from .position_shapes import Shown
 
 aten = torch.ops.aten
+COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 SAMPLE, SEED = 192, 0
 
 
@@ -84,24 +86,33 @@ def _chosen_positions(size: int) -> Tensor:
 def _sampled(region: fx.GraphModule, index: int, chosen: Tensor) -> Tensor | None:
     """Result `index` at the rows and columns `chosen`; None where the region is not made of `arange`."""
     copied = fork(region)
-    device = next((node.kwargs["device"] for node in copied.graph.nodes if "device" in node.kwargs), "cpu")
+    counts = [node for node in copied.graph.nodes if _counts_positions(node)]
+    device = next((node.kwargs["device"] for node in counts if "device" in node.kwargs), "cpu")
     copied.register_buffer("chosen_positions", chosen.to(device), persistent=False)
-    changed = False
-    for node in list(copied.graph.nodes):
-        if node.target is aten.arange.default:
-            with copied.graph.inserting_before(node):
-                positions = copied.graph.get_attr("chosen_positions")
-            node.replace_all_uses_with(positions)
-            copied.graph.erase_node(node)
-            changed = True
+    for node in counts:
+        with copied.graph.inserting_before(node):
+            positions = copied.graph.get_attr("chosen_positions")
+            made = copied.graph.call_function(aten.to.dtype, (positions, node.meta["val"].dtype))
+        node.replace_all_uses_with(made)
+        copied.graph.erase_node(node)
     copied.recompile()
     tokens = torch.zeros(1, chosen.numel(), dtype=torch.long, device=device)
     try:
-        found = copied(tokens) if changed else None
+        found = copied(tokens) if counts else None
     except (IndexError, RuntimeError):
         return None
     value = found[index] if isinstance(found, tuple | list) else found
     return value if isinstance(value, Tensor) else None
+
+
+def _counts_positions(node: fx.Node) -> bool:
+    """Whether a call gives 0, 1, 2, … up to the length of the sequence."""
+    value = tensor(node)
+    if value is None or value.dim() != 1 or isinstance(value.shape[0], int):
+        return False
+    start = node.args[0] if node.target is not aten.arange.default else 0
+    step = node.args[2] if len(node.args) > 2 else 1
+    return node.target in COUNTS and start == 0 and step == 1
 
 
 def _agrees(made: Shown, found: Tensor, chosen: Tensor) -> bool:
@@ -111,9 +122,10 @@ def _agrees(made: Shown, found: Tensor, chosen: Tensor) -> bool:
     if made.numbers is None:
         expected = torch.full_like(found, made.fill)
     elif made.kind == "key":
-        expected = made.numbers.index_select(-1, chosen).unsqueeze(-2).expand_as(found)
+        expected = made.numbers.index_select(-1, chosen).unsqueeze(-2)
     else:
         back = made.numbers[(chosen[:, None] - chosen[None, :]).clamp(min=0)]
-        expected = back.movedim((0, 1), (-2, -1)).expand_as(found)
+        expected = back.movedim((0, 1), (-2, -1))
+    expected, found = torch.broadcast_tensors(expected, found)
     hidden = torch.full_like(found, made.hidden)
     return torch.equal(torch.where(seen, expected, hidden), found)

@@ -36,7 +36,7 @@ def prove_derived(before: Program, after: Program, derive: Rewrite, drop_capacit
     with torch.no_grad():
         out = wide(tokens)
         needed = out[0] if isinstance(out, tuple) else out
-        found = fed(Remembering(derived.eval(), *tokens.shape), tokens, steps)
+        found = fed(Remembering(derived.eval(), 2, tokens.shape[1]), tokens, steps)
     return [*checks, Check("logits", _error(found, list(needed)), EXACT)]
 
 
@@ -55,7 +55,7 @@ def prove_picked(before: Program, after: Program) -> list[Check]:
     for program in (before, after):
         root = in_dtype(program.graph, torch.float64).eval()
         with torch.no_grad():
-            memory = Remembering(root, *tokens.shape, dtype=torch.float64)
+            memory = Remembering(root, 2, tokens.shape[1], torch.float64)
             found.append(memory(tokens, past, wanted, tokens.shape[1]))
     whole, picked = found
     index = wanted.unsqueeze(-1).expand(-1, -1, whole.shape[-1])
@@ -65,7 +65,7 @@ def prove_picked(before: Program, after: Program) -> list[Check]:
 def _decoded(program: Program, tokens: Tensor, steps: list[tuple[int, ...]]) -> list[Tensor]:
     root = in_dtype(program.graph, torch.float64).eval()
     with torch.no_grad():
-        return fed(Remembering(root, *tokens.shape, dtype=torch.float64), tokens, steps)
+        return fed(Remembering(root, 2, tokens.shape[1], torch.float64), tokens, steps)
 
 
 def _error(found: list[Tensor], needed: list[Tensor]) -> float:
@@ -80,7 +80,8 @@ def proof_rows(program: Program) -> tuple[Tensor, list[tuple[int, ...]]]:
     length = min(POSITIONS, limit)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, program.source.vocabulary, (2, length), generator=generator)
-    past, steps = [0, 0], []
+    past: list[int] = [0, 0]
+    steps: list[tuple[int, ...]] = []
     for counts in STEPS:
         if max(past) + max(counts) <= length:
             steps.append(counts)

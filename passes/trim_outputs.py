@@ -47,7 +47,7 @@ def _trim(root: fx.GraphModule, module: fx.GraphModule, calls: list[fx.Node]) ->
     read = sorted({item.args[1] for item in items})  # type: ignore[type-var]
     if not read or len(read) == len(values):
         return
-    kept = tuple(values[i] for i in read)  # type: ignore[call-overload]
+    kept = tuple(values[i] for i in read)  # type: ignore[index]
     end.args = (kept[0] if len(kept) == 1 else kept,)
     for item in items:
         if len(kept) == 1:
