@@ -9,6 +9,7 @@ token t.
 from __future__ import annotations
 
 from moec.runtime.ops import (
+    add_norm,
     admit,
     assign,
     combine,
@@ -32,6 +33,7 @@ from moec.runtime.ops import (
 from moec.runtime.ops.triton import register
 
 __all__ = [
+    "add_norm",
     "admit",
     "assign",
     "combine",
