@@ -28,19 +28,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import machine, peers
-from benchmarks.layer import DTYPES, Contenders, Make, check_agreement, command, timed, write
+from benchmarks import machine, page, peers
+from benchmarks.layer import DTYPES, Contenders, Make, check_agreement, command, timed
 from benchmarks.layers import Shape, Sparse
 
 WIDTH, HIDDEN = 1024, 4096
 INPUTS, STRIDE = 16, 5
 TOKENS, EXPERTS = (1, 8, 64), (64, 128)
+RESULTS = page.RESULTS / "decode.json"
 _CONSOLE = Console(width=120)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One case: its times, what was missing or refused, and what a step has to read on average."""
+    """One case: its times, what was missing or refused, what a step has to read, and how long that takes."""
 
     case: str
     dtype: str
@@ -48,6 +49,7 @@ class Result:
     missing: dict[str, str]
     experts_used: float
     gigabytes: float
+    limit_ms: float
 
 
 class Steps:
@@ -77,7 +79,9 @@ def layers(experts: int, residual: bool, dtype: torch.dtype) -> dict[str, tuple[
 
 
 @torch.no_grad()
-def measure(kind: str, ours: Sparse, others: dict[str, Make], tokens: int, rounds: int) -> Result:
+def measure(
+    kind: str, ours: Sparse, others: dict[str, Make], tokens: int, rounds: int, speed: float
+) -> Result:
     """Let ours, plain and packed, and the peers take turns on `tokens` tokens."""
     dtype = ours.up.dtype
     batches = [torch.randn(tokens, WIDTH).to(dtype) for _ in range(INPUTS)]
@@ -95,7 +99,8 @@ def measure(kind: str, ours: Sparse, others: dict[str, Make], tokens: int, round
     shape, used = ours.shape, sum(ours.used(x) for x in batches) / INPUTS
     words = f"T{tokens} d{WIDTH} f{HIDDEN} E{shape.experts} K1 {kind}" + ", residual" * shape.residual
     gigabytes = (used * shape.active + shape.residual * 2 * WIDTH * HIDDEN) * dtype.itemsize / 1e9
-    return Result(words, str(dtype).removeprefix("torch."), times, missing, used, gigabytes)
+    word = str(dtype).removeprefix("torch.")
+    return Result(words, word, times, missing, used, gigabytes, gigabytes / speed * 1e3)
 
 
 def _willing(name: str, peer: nn.Module, ours: Sparse, x: Tensor) -> nn.Module:
@@ -109,12 +114,7 @@ def _willing(name: str, peer: nn.Module, ours: Sparse, x: Tensor) -> nn.Module:
     return peer
 
 
-def share(result: dict[str, Any], row: dict[str, float], limits: dict[str, float]) -> float:
-    """The part of this run's speed of reading memory that the middle round reached."""
-    return float(result["gigabytes"] / limits["read_gb_per_s"] / (row["median_ms"] / 1e3))
-
-
-def page_table(results: list[dict[str, Any]], limits: dict[str, float]) -> str:
+def page_table(results: list[dict[str, Any]]) -> str:
     """The table of docs/performance.md, from the results of a record."""
     lines = ["| layer, decoding | dtype | contestant | min ms | median ms | against moec | of memory |"]
     lines.append("|---" * 7 + "|")
@@ -122,12 +122,14 @@ def page_table(results: list[dict[str, Any]], limits: dict[str, float]) -> str:
         label, dtype = f"{result['case']} ({result['experts_used']:.1f} used)", result["dtype"]
         for name, row in result["times"].items():
             clock = f"{row['min_ms']:.2f} | {row['median_ms']:.2f} | {row['median_ratio']:.2f}"
-            lines.append(f"| {label} | {dtype} | {name} | {clock} | {share(result, row, limits):.0%} |")
+            lines.append(
+                f"| {label} | {dtype} | {name} | {clock} | {result['limit_ms'] / row['median_ms']:.0%} |"
+            )
             label = dtype = ""
     return "\n".join(lines)
 
 
-def show(result: Result, limits: dict[str, float]) -> None:
+def show(result: Result) -> None:
     """Print one case as a table."""
     title = f"{result.case}, {result.dtype}, {result.experts_used:.1f} experts used"
     table = Table(title=title, title_justify="left")
@@ -135,7 +137,7 @@ def show(result: Result, limits: dict[str, float]) -> None:
         table.add_column(column, justify="right" if column else "left", min_width=0 if column else 28)
     for name, row in result.times.items():
         cells = (f"{row['min_ms']:.2f}", f"{row['median_ms']:.2f}", f"{row['median_ratio']:.2f}")
-        table.add_row(name, *cells, f"{share(vars(result), row, limits):.0%}")
+        table.add_row(name, *cells, f"{result.limit_ms / row['median_ms']:.0%}")
     for name, reason in result.missing.items():
         table.add_row(name, reason)
     _CONSOLE.print(table)
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, choices=TOKENS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--peers", action="append", default=[])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     sys.path.extend(arguments.peers)
     torch.set_num_threads(arguments.threads)
@@ -158,14 +160,16 @@ def main() -> None:
     record: dict[str, Any] = {"command": command("decode", arguments.peers)}
     record |= {"machine": machine.describe(), "limits": machine.limits(), "cases": []}
     _CONSOLE.print(record["machine"], record["limits"])
+    speed = record["limits"]["read_gb_per_s"]
     made = product(arguments.dtype or DTYPES, arguments.experts or EXPERTS, (False, True))
     for dtype, experts, residual in made:
         for kind, (ours, others) in layers(experts, residual, DTYPES[dtype]).items():
             for tokens in arguments.tokens or TOKENS:
-                result = measure(kind, ours, others, tokens, arguments.rounds)
-                show(result, record["limits"])
+                result = measure(kind, ours, others, tokens, arguments.rounds, speed)
+                show(result)
                 record["cases"].append(vars(result))
-    write(record, arguments.out)
+    page.record(record, arguments.out, RESULTS, page_table)
+    _CONSOLE.print(f"written to {arguments.out}")
 
 
 if __name__ == "__main__":

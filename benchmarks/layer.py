@@ -11,7 +11,6 @@ the same dtype in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -25,13 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import machine, peers
+from benchmarks import machine, page, peers
 from benchmarks.layers import Dense, OurDense, Shape, Sparse, Unfused
 from benchmarks.race import race
 from moec.runtime.ops.buffers import GRADIENTS, ROWS
 
 Contenders = dict[str, Callable[[], object]]
 Make = Callable[[Sparse], nn.Module]
+RESULTS = page.RESULTS / "layer.json"
 _CONSOLE = Console(width=120)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,13 +48,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """One case: its times, what was missing, and the work that was done."""
+    """One case: its times, what was missing, the work that was done, and how long it takes at the peak."""
 
     case: str
     dtype: str
     times: dict[str, dict[str, float]]
     missing: dict[str, str]
     gflop: float
+    limit_ms: float
 
 
 TOP_ONE = Case(
@@ -98,7 +99,7 @@ def without_kept_memory(step: Callable[[], None]) -> Callable[[], None]:
     return plain
 
 
-def measure(case: Case, dtype: torch.dtype, rounds: int) -> Result:
+def measure(case: Case, dtype: torch.dtype, rounds: int, limits: dict[str, float]) -> Result:
     """Make the contenders of a case, compare what they compute, and let them take turns."""
     shape = case.shape
     x = torch.randn(case.tokens, shape.width).to(dtype).requires_grad_()
@@ -117,7 +118,9 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> Result:
         except peers.MissingPeerError as reason:
             missing[name] = str(reason)
     gflop = 6 * case.tokens * shape.active / 1e9
-    return Result(case.name, str(dtype).removeprefix("torch."), timed(contenders, rounds), missing, gflop)
+    word = str(dtype).removeprefix("torch.")
+    limit = gflop / limits[f"gflops_{word}"] * 1e3
+    return Result(case.name, word, timed(contenders, rounds), missing, gflop, limit)
 
 
 def _beside_a_dense(case: Case, dtype: torch.dtype, x: Tensor, grad: Tensor) -> Contenders:
@@ -167,12 +170,7 @@ def timed(contenders: Contenders, rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-def share(result: dict[str, Any], row: dict[str, float], limits: dict[str, float]) -> float:
-    """The part of this run's peak of products that the fastest round reached."""
-    return float(result["gflop"] / limits[f"gflops_{result['dtype']}"] / (row["min_ms"] / 1e3))
-
-
-def page_table(results: list[dict[str, Any]], limits: dict[str, float]) -> str:
+def page_table(results: list[dict[str, Any]]) -> str:
     """The table of docs/performance.md, from the results of a record."""
     lines = [
         "| layer, forward + backward | dtype | contestant | min ms | median ms | against moec | of peak |"
@@ -182,12 +180,14 @@ def page_table(results: list[dict[str, Any]], limits: dict[str, float]) -> str:
         label, dtype = result["case"], result["dtype"]
         for name, row in result["times"].items():
             clock = f"{row['min_ms']:.1f} | {row['median_ms']:.1f} | {row['min_ratio']:.2f}"
-            lines.append(f"| {label} | {dtype} | {name} | {clock} | {share(result, row, limits):.0%} |")
+            lines.append(
+                f"| {label} | {dtype} | {name} | {clock} | {result['limit_ms'] / row['min_ms']:.0%} |"
+            )
             label = dtype = ""
     return "\n".join(lines)
 
 
-def show(result: Result, limits: dict[str, float]) -> None:
+def show(result: Result) -> None:
     """Print one case as a table."""
     table = Table(title=f"{result.case}, {result.dtype}, forward + backward", title_justify="left")
     for column in ("", "min ms", "median ms", "x min", "x median", "of peak"):
@@ -195,7 +195,7 @@ def show(result: Result, limits: dict[str, float]) -> None:
     for name, row in result.times.items():
         cells = (f"{row['min_ms']:.1f}", f"{row['median_ms']:.1f}")
         ratios = (f"{row['min_ratio']:.2f}", f"{row['median_ratio']:.2f}")
-        table.add_row(name, *cells, *ratios, f"{share(vars(result), row, limits):.0%}")
+        table.add_row(name, *cells, *ratios, f"{result.limit_ms / row['min_ms']:.0%}")
     for name, reason in result.missing.items():
         table.add_row(name, reason)
     _CONSOLE.print(table)
@@ -207,13 +207,6 @@ def command(name: str, folders: list[str]) -> str:
     return " ".join([f"python -m benchmarks.{name}", *words])
 
 
-def write(record: dict[str, Any], out: Path) -> None:
-    """Write a record where it is kept."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _CONSOLE.print(f"written to {out}")
-
-
 def main() -> None:
     """Run the cases, print them, and write the record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__)
@@ -222,7 +215,7 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--peers", action="append", default=[])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/layer.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     sys.path.extend(arguments.peers)
     torch.set_num_threads(arguments.threads)
@@ -232,10 +225,11 @@ def main() -> None:
     _CONSOLE.print(record["machine"], record["limits"])
     for name in arguments.only or CASES:
         for dtype in arguments.dtype or DTYPES:
-            result = measure(CASES[name], DTYPES[dtype], arguments.rounds)
-            show(result, record["limits"])
+            result = measure(CASES[name], DTYPES[dtype], arguments.rounds, record["limits"])
+            show(result)
             record["cases"].append(vars(result))
-    write(record, arguments.out)
+    page.record(record, arguments.out, RESULTS, page_table)
+    _CONSOLE.print(f"written to {arguments.out}")
 
 
 if __name__ == "__main__":
