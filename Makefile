@@ -42,6 +42,9 @@ golden: $(READY)  ## Rewrite tests/golden from what is printed now; read the dif
 
 bench: $(READY)  ## Run the benchmarks and record them in benchmarks/results
 	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.paper_contrast
 	$(BIN)/python -m benchmarks.ranks
 
 clean:  ## Remove build outputs and caches; .venv and runs/ stay
