@@ -44,7 +44,7 @@ def decode_up(
         out_NF, matrices[0].shape[0], width, depth, x_TD.stride(0), x_TD.stride(1),
         top_k, len(matrices), tuple(bias is not None for bias in biases),
         formula.forward, precision(x_TD.dtype), x_TD.shape[0] == 1,
-        shape.height, shape.width, shape.depth, **shape.options,
+        tiles.height, shape.width, shape.depth, **shape.options,
     )  # fmt: skip
     return out_NF
 
@@ -74,7 +74,7 @@ def decode_down(
         *(spare if bias_ED is None else (bias_ED, *bias_ED.stride())),
         out_SND, matrix_EDF.shape[0], width, depth, part, num_rows * width,
         bias_ED is not None, precision(rows_NF.dtype), alone,
-        shape.height, shape.width, shape.depth, **shape.options,
+        tiles.height, shape.width, shape.depth, **shape.options,
     )  # fmt: skip
     return out_SND
 

@@ -48,7 +48,7 @@ def scatter(
         out_ND, matrices[0].shape[0], width, depth, columns,
         len(rows), bias_ED is not None, weights_N is not None, dense_TD is not None,
         mix_T2 is not None, precision(rows[0].dtype), depth % shape.depth == 0,
-        shape.height, shape.width, shape.depth, shape.group, **shape.options,
+        tiles.height, shape.width, shape.depth, shape.group, **shape.options,
     )  # fmt: skip
     return out_ND
 

@@ -58,7 +58,7 @@ def pull_back(
         num_rows, down_EDF.shape[0], width, depth, columns, grad_TD.stride(0), grad_TD.stride(1),
         top_k, len(products), bias_ED is not None, formula.backward,
         precision(grad_TD.dtype), depth % shape.depth == 0,
-        shape.height, shape.width, shape.depth, shape.group, **shape.options,
+        tiles.height, shape.width, shape.depth, shape.group, **shape.options,
     )  # fmt: skip
     return weighted_NF, dots.sum(0)
 

@@ -24,7 +24,7 @@ from moec.runtime.ops.triton.launch import demand_device
 from moec.runtime.ops.triton.outer import outer, sums_by_expert
 from moec.runtime.ops.triton.pointwise import Pointwise, pointwise
 from moec.runtime.ops.triton.pointwise import refusal as formula_refusal
-from moec.runtime.ops.triton.shapes import shape_for, splits_for
+from moec.runtime.ops.triton.shapes import Shape, shape_for, shared_memory, splits_for
 from moec.runtime.ops.triton.tiles import Tiles, cut
 from moec.runtime.ops.triton.up import up
 
@@ -82,6 +82,11 @@ class Layer:
         """For each leaf its slice of its parameter's bias [E, F]."""
         found = [(leaf, self.biases[self._place(leaf)]) for leaf in self.formula.leaves]
         return [None if bias is None else _part(leaf, bias, 1) for leaf, bias in found]
+
+    def shape(self, kind: str, rows: int, width: int, depth: int, leaves: int = 1) -> Shape:
+        """The tiles of a product, on this device; see `shape_for`."""
+        memory = shared_memory(self.x_TD.device)
+        return shape_for(kind, self.x_TD.dtype, rows, width, depth, leaves, memory)
 
     def tiles(self, height: int) -> Tiles:
         """The tiles of the rows, `height` rows each."""
@@ -153,12 +158,12 @@ def _layer(
     layer: Layer, dense: Tensor | None, mix: Tensor | None, dtype: torch.dtype, kept: list[Tensor]
 ) -> Tensor:
     x, down, leaves = layer.x_TD, layer.matrices[-1], layer.of_leaves(layer.matrices, 1)
-    shape = shape_for("rows", x.dtype, layer.rows_per_expert, layer.inner, x.shape[1], len(leaves))
+    shape = layer.shape("rows", layer.rows_per_expert, layer.inner, x.shape[1], len(leaves))
     tiles, keep = layer.tiles(shape.height), layer.of_leaves(kept, 1) if kept else ()
     hidden_NF = up(
         x, layer.order_N, layer.top_k, tiles, leaves, layer.leaf_biases(), layer.pointwise, shape, keep
     )
-    shape = shape_for("rows", x.dtype, tiles.height, down.shape[1], layer.inner)
+    shape = layer.shape("rows", tiles.height, down.shape[1], layer.inner)
     rest = (layer.weights_N, dense, mix)
     if layer.top_k == 1:
         return scatter([hidden_NF], layer.order_N, tiles, [down], layer.biases[-1], shape, dtype, *rest)
@@ -169,11 +174,11 @@ def _layer(
 def _decode(layer: Layer, dense: Tensor | None, mix: Tensor | None, dtype: torch.dtype) -> Tensor:
     x, down, leaves = layer.x_TD, layer.matrices[-1], layer.of_leaves(layer.matrices, 1)
     tiles = layer.tiles(16)
-    shape = shape_for("decode", x.dtype, 16, layer.inner, x.shape[1], len(leaves))
+    shape = layer.shape("decode", 16, layer.inner, x.shape[1], len(leaves))
     hidden_NF = decode_up(
         x, layer.order_N, layer.top_k, tiles, leaves, layer.leaf_biases(), layer.pointwise, shape
     )
-    shape = shape_for("decode", x.dtype, 16, down.shape[1], layer.inner)
+    shape = layer.shape("decode", 16, down.shape[1], layer.inner)
     programs = -(-down.shape[1] // shape.width) * min(layer.order_N.shape[0], down.shape[0])
     splits = splits_for(programs, layer.inner, shape.depth, _processors(x.device))
     alone = x.shape[0] == 1
@@ -200,7 +205,7 @@ def backward(
     if not x.shape[0]:
         return _no_tokens(layer, needed)
     down, leaves = matrices[-1], layer.of_leaves(matrices, 1)
-    shape = shape_for("rows", x.dtype, layer.rows_per_expert, layer.inner, down.shape[1], max(2, len(leaves)))
+    shape = layer.shape("rows", layer.rows_per_expert, layer.inner, down.shape[1], max(2, len(leaves)))
     tiles, to_ups = layer.tiles(shape.height), layer.fresh(matrices[:-1], order.shape[0])
     to_leaves = layer.of_leaves(to_ups, 1)
     weighted_NF, dots_N = pull_back(
@@ -230,7 +235,7 @@ def _no_tokens(layer: Layer, needed: Sequence[bool]) -> tuple[Tensor, Tensor, li
 
 def _to_x(layer: Layer, tiles: Tiles, to_leaves: Sequence[Tensor], leaves: Sequence[Tensor]) -> Tensor:
     x = layer.x_TD
-    shape = shape_for("rows", x.dtype, tiles.height, x.shape[1], layer.inner)
+    shape = layer.shape("rows", tiles.height, x.shape[1], layer.inner)
     slots_ND = scatter(to_leaves, layer.order_N, tiles, [leaf.mT for leaf in leaves], None, shape)
     return slots_ND if layer.top_k == 1 else combine(slots_ND.unsqueeze(0), layer.top_k, x.dtype)
 
@@ -239,9 +244,9 @@ def _to_matrices(layer: Layer, grad: Tensor, to_ups: Sequence[Tensor], weighted_
     common = (layer.counts_E, layer.ends_E, layer.order_N, layer.top_k)
     found = [torch.empty_like(matrix) for matrix in layer.matrices]
     for to_up, out in zip(to_ups, found, strict=False):
-        shape = shape_for("outer", grad.dtype, out.shape[1], out.shape[2], layer.rows_per_expert)
+        shape = layer.shape("outer", out.shape[1], out.shape[2], layer.rows_per_expert)
         outer(to_up, layer.x_TD, out, *common, "right", shape)
-    shape = shape_for("outer", grad.dtype, found[-1].shape[1], found[-1].shape[2], layer.rows_per_expert)
+    shape = layer.shape("outer", found[-1].shape[1], found[-1].shape[2], layer.rows_per_expert)
     outer(grad, weighted_NF, found[-1], *common, "left", shape)
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -44,6 +44,11 @@ def interpreting() -> Iterator[None]:
         library._destroy()
 
 
+def _there(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels start on the current device, which must be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def _gate(
     x: Tensor, router: Tensor, bias: Tensor | None, top_k: int, gate: str, noise: str,
     capacity_factor: float, eval_capacity_factor: float, min_capacity: int, random: bool, training: bool,
@@ -55,7 +60,8 @@ def _gate(
     if kernels.refusal(x, router, noise, training, factor):
         limits = (capacity_factor, eval_capacity_factor, min_capacity, random, training)
         return plain.gate_by_parts(x, router, bias, top_k, gate, noise, *limits)
-    return kernels.gate(x, router, bias, top_k, gate)
+    with _there(x):
+        return kernels.gate(x, router, bias, top_k, gate)
 
 
 def _forward(
@@ -66,7 +72,8 @@ def _forward(
     from moec.runtime.ops.triton import moe_ffn as kernels
 
     chosen = plain if kernels.refusal(x, matrices, formula) else kernels
-    return chosen.forward(x, weights, order, counts, matrices, biases, formula, dense, mix, save)
+    with _there(x):
+        return chosen.forward(x, weights, order, counts, matrices, biases, formula, dense, mix, save)
 
 
 def _backward(
@@ -77,7 +84,8 @@ def _backward(
     from moec.runtime.ops.triton import moe_ffn as kernels
 
     chosen = plain if kernels.refusal(x, matrices, formula) else kernels
-    return chosen.backward(grad, x, weights, order, counts, matrices, biases, formula, ups, needed)
+    with _there(x):
+        return chosen.backward(grad, x, weights, order, counts, matrices, biases, formula, ups, needed)
 
 
 def _add_rms_norm(x: Tensor, y: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ import torch
 
 from moec.runtime.ops.triton.launch import SIXTEEN_BITS, power_of_two
 
+HOPPER = 227 * 1024  # shared memory of an H100 that one program can have
 KINDS = ("rows", "outer", "decode")
 
 
@@ -59,10 +60,23 @@ _TABLE = {
 }
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have on one processor; an H100's, where there is no GPU to ask."""
+    if device.type != "cuda":
+        return HOPPER
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 def shape_for(
-    kind: str, dtype: torch.dtype, rows_per_expert: int, width: int, depth: int, leaves: int = 1
+    kind: str,
+    dtype: torch.dtype,
+    rows_per_expert: int,
+    width: int,
+    depth: int,
+    leaves: int = 1,
+    memory: int = HOPPER,
 ) -> Shape:
-    """The entry of the table, no larger than the product needs.
+    """The entry of the table, no larger than the product needs, and with no more stages than `memory` holds.
 
     `rows_per_expert`: on average; of `outer`, the first dim of the result instead.
     """
@@ -71,7 +85,10 @@ def shape_for(
     columns = min(max(16, entry.width // (2 if leaves > 2 else 1)), power_of_two(width, 16))
     # Small tiles have no work for many warps: 4096 elements of the result each keep one warp group busy.
     warps = entry.warps if height * columns >= 64 * 128 else min(entry.warps, 4)
-    return Shape(height, columns, min(entry.depth, power_of_two(depth, 16)), warps, entry.stages, entry.group)
+    step = min(entry.depth, power_of_two(depth, 16))
+    loaded = (height + leaves * columns) * step * dtype.itemsize
+    stages = max(1, min(entry.stages, memory // loaded + (kind == "outer")))
+    return Shape(height, columns, step, warps, stages, entry.group)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def up(
         matrices[0].shape[0], width, depth, columns, x_TD.stride(0), x_TD.stride(1),
         top_k, len(matrices), tuple(bias is not None for bias in biases), len(keep) > 0,
         formula.forward, precision(x_TD.dtype), depth % shape.depth == 0,
-        shape.height, shape.width, shape.depth, shape.group, **shape.options,
+        tiles.height, shape.width, shape.depth, shape.group, **shape.options,
     )  # fmt: skip
     return out_NF
 

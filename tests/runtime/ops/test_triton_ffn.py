@@ -17,6 +17,7 @@ from tests.runtime.ops.triton_layers import DEVICE, PACKED, SWIGLU, Layer, asser
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 from moec.runtime.ops.triton import launch, moe_ffn  # noqa: E402
+from moec.runtime.ops.triton.shapes import Shape, instead  # noqa: E402
 
 GELU = "lambda h: gelu(h)"
 THREE = "lambda a, b, c: relu(a) * b + c"
@@ -135,6 +136,22 @@ def test_no_token() -> None:
     to_x, _, to_matrices, to_biases = moe_ffn.backward(y, **inputs, ups=ups, needed=[True] * 4)
     assert to_x.shape == (0, 7)
     assert not any(gradient.any() for gradient in (*to_matrices, *to_biases))
+
+
+@pytest.mark.parametrize("shape", [Shape(32, 16, 16, 4, 2, group=2), Shape(128, 64, 32, 4, 1)])
+@pytest.mark.parametrize("several", [False, True])
+def test_tiles_of_another_shape(shape: Shape, several: bool) -> None:
+    """Whatever stands in the table, products that share a table of tiles agree on their height."""
+    layer = Layer(tokens=70, width=33, hidden=37, experts=2, top_k=2)
+    inputs = layer.rounded(layer.inputs())
+    with instead("rows", torch.float32, several, shape):
+        y, ups = moe_ffn.forward(**inputs, save=True)
+        inputs.pop("dense"), inputs.pop("mix")
+        to_x, *_ = moe_ffn.backward(y, **inputs, ups=ups, needed=[True] * 4)
+    needed, needed_ups = plain.forward(**inputs, dense=None, mix=None, save=True)
+    needed_x, *_ = plain.backward(y, **inputs, ups=needed_ups, needed=[True] * 4)
+    assert_close(y, needed.double(), torch.float32, "y")
+    assert_close(to_x, needed_x.double(), torch.float32, "gradient of x")
 
 
 def test_the_same_bits_every_time() -> None:
