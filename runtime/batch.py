@@ -90,7 +90,11 @@ class Batch:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Write at most one token more of every text, and tell of them."""
+        """Write at most one token more of every text, and tell of them.
+
+        Raises `DataError` when logits are no numbers, and whatever a caller's `stop` function raises; the
+        batch is of no use then.
+        """
         return self._decode() + self._read_prompts()
 
     # writing

@@ -293,5 +293,6 @@ def test_an_unknown_option_is_no_option() -> None:
 
 
 def test_the_options_are_the_keywords_of_a_request() -> None:
-    keywords = set(inspect.signature(Request.of).parameters) - {"tokens", "max_new_tokens"}
-    assert keywords - {"vocabulary", "max_positions"} == set(Options.__annotations__)
+    keywords = set(inspect.signature(Request.of).parameters)
+    of_the_program = {"tokens", "max_new_tokens", "vocabulary", "max_positions", "least"}
+    assert keywords - of_the_program == set(Options.__annotations__)
