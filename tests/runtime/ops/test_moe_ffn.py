@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moec.errors import OperatorError
-from moec.runtime.ops import reference
+from moec.runtime.ops import moe_ffn, reference
 from moec.testing.same_function import assert_same_function
 from tests.runtime.ops.cases import Case, cases
 
@@ -84,12 +87,35 @@ def layer(
     )
 
 
+@contextmanager
+def kernels_of_any_device() -> Iterator[None]:
+    """Inside, the kernels that devices without their own have are those of the CPU."""
+    library = torch.library.Library("moec", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # they take another's place
+        # By name, when they are called: a test may break one.
+        library.impl("moe_ffn_forward", lambda *a: moe_ffn.forward(*a), "CPU", allow_override=True)
+        library.impl("moe_ffn_backward", lambda *a: moe_ffn.backward(*a), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.fixture(params=["the CPU's", "any device's"])
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with kernels_of_any_device() if request.param == "any device's" else nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("_kernels")
 @given(cases(), st.sampled_from(INNERS), st.sampled_from(DENSE))
 def test_against_the_reference(case: Case, inner: Inner, dense: str) -> None:
     inputs, needed, found = layer(case, inner, dense)
     assert_same_function(needed, found, inputs)
 
 
+@pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("inner", INNERS, ids=lambda inner: inner.formula)
 @pytest.mark.parametrize("dense", DENSE)
 def test_crowded(inner: Inner, dense: str) -> None:
@@ -120,6 +146,7 @@ def test_opcheck(inner: Inner) -> None:
         opcheck(ops.moe_ffn_backward.default, (grad, *inputs, ups, [False, True, False, False]))
 
 
+@pytest.mark.usefixtures("_kernels")
 def test_only_what_is_wanted() -> None:
     """Gradients of frozen weights are not computed, and those that remain do not change."""
     inputs, _, found = layer(Case(), INNERS[2], "mix")
@@ -174,6 +201,29 @@ def test_compiles() -> None:
     inputs, needed, found = layer(Case(), INNERS[2], "mix")
     compiled = torch.compile(found, backend="aot_eager", fullgraph=True)
     assert_same_function(needed, compiled, inputs)
+
+
+BREAKS: dict[str, Any] = {
+    "_kept": lambda order, counts: torch.ones_like(order, dtype=torch.bool),
+    "_kept_weights": lambda weights, order, counts: weights.reshape(-1)[order] * 0 + 1,
+    "_bias_dots": lambda *_: 0.0,
+    "_by_slot": lambda dots, weights, order, counts: dots.view(weights.shape),
+    "mixed": lambda sums, dense, mix: sums * mix[:, 1:] + dense * mix[:, :1],
+    "_to_mix": lambda grad, weights, dots, dense, mix: torch.zeros_like(mix),
+    "_to_dense": lambda grad, mix: grad,
+    "_to_weights": lambda dots, mix: dots,
+    "sum_rows": lambda rows, order, top_k: rows.view(-1, top_k, rows.shape[1]).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_kernel_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, needed, found = layer(Case(factor=0.7, crowd="one expert"), INNERS[2], "mix")
+    with kernels_of_any_device():
+        assert_same_function(needed, found, inputs)
+        monkeypatch.setattr(moe_ffn, name, BREAKS[name])
+        with pytest.raises(AssertionError):
+            assert_same_function(needed, found, inputs)
 
 
 def broken(case: Case, **changes: object) -> None:
