@@ -21,16 +21,20 @@ class Decoder:
 
     `program`: the derived one, to print and read; `fused`: the same with larger operators, which is what
     runs. `max_positions`: what its tables were made for. `verify`: whether the derivation is proved, as in
-    `moec.compile`. Implements `moec.runtime.decoding.Decoding`.
+    `moec.compile`. `packed`: weights are held a second time, as a CPU reads them fastest, each until it is
+    written to. Implements `moec.runtime.decoding.Decoding`.
     """
 
-    def __init__(self, program: ir.Program, length: int, verify: str = "auto") -> None:
+    def __init__(
+        self, program: ir.Program, length: int, *, packed: bool = False, verify: str = "auto"
+    ) -> None:
         self.vocabulary = program.source.vocabulary
         self.max_positions: int = length
+        self.packed = packed
         self.state = table_state(program)
         self.program = Runner(verify=verify).run(program.fork(), cached(length))
         self.program.eval()
-        self.fused = Runner(verify="off").run(self.program.fork(), fused_decoder()).eval()
+        self.fused = Runner(verify="off").run(self.program.fork(), fused_decoder(packed)).eval()
         graph = self.program.graph
         self._slots = [_slot(node) for node in _caches(graph.graph)]
         some = next(iter([*graph.parameters(), *graph.buffers()]), None)
@@ -56,9 +60,16 @@ class Decoder:
 
 
 def decoder_of(
-    program: ir.Program, known: list[Decoder], length: int | None, kind: type[Decoder] = Decoder
+    program: ir.Program,
+    known: list[Decoder],
+    length: int | None,
+    kind: type[Decoder] = Decoder,
+    *,
+    packed: bool = False,
 ) -> Decoder:
     """One of `known` that holds `length` positions and is up to date; else a new `kind`, put among them.
+
+    A `packed` one will do where none was asked for.
 
     Tables are made for a power of two of positions, so that longer and longer requests do not each make their
     own. Raises `DataError` for more positions than the model has.
@@ -69,10 +80,10 @@ def decoder_of(
     wanted = length or limit or DEFAULT_LENGTH
     known[:] = [one for one in known if one.state == table_state(program)]
     for one in known:
-        if one.max_positions >= wanted:
+        if one.max_positions >= wanted and one.packed >= packed:
             return one
     rounded = max(1 << (wanted - 1).bit_length(), SMALLEST_LENGTH)
-    known.append(kind(program, rounded if limit is None else min(rounded, limit)))
+    known.append(kind(program, rounded if limit is None else min(rounded, limit), packed=packed))
     return known[-1]
 
 

@@ -19,8 +19,10 @@ class LocalDecoder(Decoder):
     group are given the same.
     """
 
-    def __init__(self, program: ir.Program, length: int) -> None:
-        super().__init__(program, length)
+    def __init__(
+        self, program: ir.Program, length: int, *, packed: bool = False, verify: str = "auto"
+    ) -> None:
+        super().__init__(program, length, packed=packed, verify=verify)
         self._words = logits_split(program)
 
     def step(self, tokens_Bn: Tensor, past_B: Tensor, wanted_Bm: Tensor, cache: Cache, length: int) -> Tensor:

@@ -241,17 +241,19 @@ class Program(ir.Program):
 
         return simulate(self, tokens, targets, **options)
 
-    def decoder(self, length: int | None = None) -> Decoder:
+    def decoder(self, length: int | None = None, *, packed: bool = False) -> Decoder:
         """The derived program that decodes rows of up to `length` positions (default: as the model has).
 
-        It shares the weights and is kept for the next call. Raises `PassError`, naming the operator, where
-        the program cannot be cached, and `DataError` for more positions than the model has.
+        It shares the weights and is kept for the next call, of `generate` too. `packed`: weights are held a
+        second time in the order in which a CPU reads them fastest, each until it is written to. Raises
+        `PassError`, naming the operator, where the program cannot be cached, and `DataError` for more
+        positions than the model has.
         """
         from moec.decoder import decoder_of
 
         if self._decoders is None:
             self._decoders = []
-        return decoder_of(self, self._decoders, length, self._decoder_class())
+        return decoder_of(self, self._decoders, length, self._decoder_class(), packed=packed)
 
     def _decoder_class(self) -> type[Decoder]:
         from moec.decoder import Decoder
