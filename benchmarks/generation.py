@@ -1,23 +1,23 @@
 """Whole-model generation on a CPU against transformers: the same sparse model, the same greedy tokens.
 
-    python -m benchmarks.generation [--threads 2] [--rounds 3] [--new 64] [--only mixtral] [--out FILE.json]
+    python -m benchmarks.generation [--threads 2] [--rounds 3] [--new 64] [--only mixtral] [--uncompiled]
 
 Each case is a dense model, compiled by moec into a sparse one, whose weights are then given to transformers'
 own class of that sparse model. Logits are compared first, then every contender's tokens, then contenders take
 turns, round after round: a call with a prompt of 64 random tokens a row that writes `--new` tokens a row, and
-one that writes a single token (reading the prompt). Making the decoder and compiling are not timed. float32.
+one that writes a single token (reading the prompt). Making the decoder and compiling are not timed, and
+`--uncompiled` leaves those out that torch.compile needs minutes for. float32.
 The limit: the weights that a step needs, read once at the speed of this machine's memory in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from operator import truediv
@@ -30,9 +30,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks import machine
+from benchmarks import machine, page
 from benchmarks.generation_cases import CASES, Case, compiled, difference, prompts
-from benchmarks.peers_generation import WAYS, ExpertsUsed, Generate, transformers
+from benchmarks.peers_generation import WAYS, ExpertsUsed, Generate, Way, transformers
 from benchmarks.race import Timing, race
 from moec.program import Program
 from moec.runtime.generate import generate
@@ -41,6 +41,7 @@ from moec.runtime.generate import generate
 SAME = 1e-5
 PROMPT = 64
 EMBEDDING = "model.embed_tokens.weight"
+RESULTS = page.RESULTS / "generation.json"
 _CONSOLE = Console(width=130)
 
 
@@ -60,11 +61,13 @@ class Result:
     limit_ms: float = 0.0
 
 
-def measure(case: Case, batches: list[int], new: int, rounds: int, gb_per_s: float) -> list[Result]:
-    """One case at several batch sizes."""
+def measure(
+    case: Case, batches: list[int], new: int, rounds: int, gb_per_s: float, ways: Mapping[str, Way]
+) -> list[Result]:
+    """One case at several batch sizes, against these ways of transformers."""
     program, twin = compiled(case)
     ours = contenders(program, PROMPT + new)
-    theirs = {name: transformers(twin, way) for name, way in WAYS.items()}
+    theirs = {name: transformers(twin, way) for name, way in ways.items()}
     results = []
     for rows in batches:
         tokens = prompts(case, rows, PROMPT)
@@ -81,7 +84,7 @@ def measure(case: Case, batches: list[int], new: int, rounds: int, gb_per_s: flo
 
 def contenders(program: Program, length: int) -> dict[str, Generate]:
     """Ours, the first of which the others are held against."""
-    decoder = program.decoder(length)
+    decoder = program.decoder(length, packed=True)
 
     def write(tokens: Tensor, new: int) -> Tensor:
         out = generate(decoder, tokens, new)
@@ -214,21 +217,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rows", type=int, action="append")
+    parser.add_argument("--uncompiled", action="store_true")
     parser.add_argument("--only", choices=CASES, action="append")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/generation.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    ways = {name: way for name, way in WAYS.items() if not (arguments.uncompiled and way.compiled)}
     record: dict[str, Any] = {"command": f"python -m benchmarks.generation {' '.join(sys.argv[1:])}".strip()}
     record |= {"machine": machine.describe(), "limits": machine.limits(), "cases": []}
     _CONSOLE.print(record["machine"], record["limits"])
     for name in arguments.only or CASES:
-        speed = record["limits"]["read_gb_per_s"]
-        for result in measure(CASES[name], arguments.rows or [1, 8], arguments.new, arguments.rounds, speed):
+        rows, speed = arguments.rows or [1, 8], record["limits"]["read_gb_per_s"]
+        for result in measure(CASES[name], rows, arguments.new, arguments.rounds, speed, ways):
             show(result)
             record["cases"].append(vars(result))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    page.record(record, arguments.out, RESULTS, page_table)
     _CONSOLE.print(f"written to {arguments.out}")
 
 

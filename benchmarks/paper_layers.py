@@ -137,14 +137,14 @@ class CachedGPT:
 
     @torch.no_grad()
     def step(self, tokens_Bn: Tensor, past: int) -> Tensor:
-        """Logits [B, V] of the last of the new tokens, at positions from `past` on."""
+        """Logits [B, 1, V] of the last of the new tokens, at positions from `past` on."""
         model = self.model
         positions = torch.arange(past, past + tokens_Bn.shape[1])
         x_BnD = model.token_embedding(tokens_Bn) + model.position_embedding(positions)
         for number, block in enumerate(model.blocks):
             x_BnD = x_BnD + self._attend(number, block.norm_1(x_BnD), past)
             x_BnD = x_BnD + block.mlp(block.norm_2(x_BnD))
-        logits: Tensor = model.head(model.norm(x_BnD[:, -1]))
+        logits: Tensor = model.head(model.norm(x_BnD[:, -1:]))
         return logits
 
     def _attend(self, number: int, x_BnD: Tensor, past: int) -> Tensor:
