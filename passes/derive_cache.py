@@ -73,12 +73,15 @@ def derive(root: fx.GraphModule, length: int) -> None:
 
 def _tables(root: fx.GraphModule, length: int) -> PositionTables:
     region = next(iter(regions(root, "positions").values()), None)
+    some = next(iter([*root.parameters(), *root.buffers()]), None)
+    device = torch.device("cpu") if some is None else some.device
     if region is None:
-        return PositionTables(None, [], length)
+        return PositionTables(None, [], length, device)
     returned = output(region.graph).args[0]
     nodes = returned if isinstance(returned, tuple | list) else [returned]
     sequence = Sequence(placeholder(root.graph))
-    return PositionTables(region, [tuple(sequence.dims(tensor(node))) for node in nodes], length)
+    dims = [tuple(sequence.dims(tensor(node))) for node in nodes]
+    return PositionTables(region, dims, length, device)
 
 
 def _check_shifted(read: Read, tables: PositionTables) -> None:
@@ -98,15 +101,20 @@ def _drop_terms(root: fx.GraphModule) -> None:
         end.args = (end.args[0][0],)
 
 
+# Where the two capacity factors stand among the arguments.
+FACTORS = {torch.ops.moec.assign.default: 2, torch.ops.moec.gate.default: 6}
+
+
 def drop_capacity(root: fx.GraphModule) -> None:
     """Let every expert take all that come, in place; ranks need not know of each other's choices then."""
     for _, module in graph_modules(root):
         for node in list(module.graph.nodes):
             if node.target is torch.ops.moec.admit.default:
                 _admit_all(node)
-            if node.target is torch.ops.moec.assign.default:
-                node.update_arg(2, 0.0)
-                node.update_arg(3, 0.0)
+            first = FACTORS.get(node.target)
+            if first is not None:
+                node.update_arg(first, 0.0)
+                node.update_arg(first + 1, 0.0)
         module.recompile()
 
 
@@ -228,6 +236,8 @@ class _Rewrite:
         if read.value is not None:
             found = given if read.value is table else _part_of(given, read)
             read.user.replace_input_with(read.value, found)
+            if read.value is not table and not read.value.users:
+                read.value.graph.erase_node(read.value)  # it would keep its table
             return
         user = read.user  # is_causal=True
         rest = {k: v for k, v in user.kwargs.items() if k not in ("attn_mask", "is_causal")}

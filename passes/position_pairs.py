@@ -7,7 +7,7 @@ softmax, or times zero. What is said of later positions is followed through the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx
@@ -123,7 +123,7 @@ def along(scope: Scope, node: fx.Node, axes: Axes, dim: int) -> float | None:
     raise scope.refuse(node, f"{node.target} along the {what}")
 
 
-def merged(scope: Scope, node: fx.Node, several: list[Mapping[int, str]]) -> dict[int, str]:
+def merged(scope: Scope, node: fx.Node, several: Iterable[Mapping[int, str]]) -> dict[int, str]:
     """The roles of values that are broadcast together; refused where positions or rows would be paired."""
     roles: dict[int, str] = {}
     for known in several:

@@ -30,10 +30,14 @@ class PositionTables:
     between lengths by one number for all keys, which a softmax does not see; they begin at 0 here.
     """
 
-    def __init__(self, region: fx.GraphModule | None, dims: Sequence[tuple[int, ...]], length: int) -> None:
-        self.length, self.dims, self.region = max(length, 2), dims, region
-        tensors = [] if region is None else [*region.parameters(), *region.buffers()]
-        self.device = tensors[0].device if tensors else torch.device("cpu")
+    def __init__(
+        self,
+        region: fx.GraphModule | None,
+        dims: Sequence[tuple[int, ...]],
+        length: int,
+        device: torch.device,
+    ) -> None:
+        self.length, self.dims, self.region, self.device = max(length, 2), dims, region, device
         self.shifted: set[int] = set()
         self.side = self.length if region is None else self._side(region)
         self.values: list[Tensor | None] = [] if region is None else self._all(region)
@@ -77,6 +81,8 @@ class PositionTables:
                 REFUSAL, f"no values for {length} positions: {first}", "fewer positions"
             ) from None
         values = list(found) if isinstance(found, tuple | list) else [found]
+        if any(isinstance(value, Tensor) and value.is_meta for value in values):
+            raise PassError(REFUSAL, "values without numbers, on 'meta'", "a program with its weights")
         return [value.detach() if isinstance(value, Tensor) else None for value in values]
 
     # the same for all lengths and rows

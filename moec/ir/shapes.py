@@ -163,5 +163,5 @@ def symbols(root: fx.GraphModule) -> dict[str, str]:
     for node, given in zip(places, inputs_of(root.graph), strict=True):
         value = node.meta.get("val")
         sizes = zip(given.sizes, () if value is None else value.shape, strict=False)
-        found |= {str(symbol): size for size, symbol in sizes if size in SAMPLES}  # type: ignore[misc]
+        found |= {str(symbol): size for size, symbol in sizes if size in SAMPLES}
     return found

@@ -72,7 +72,7 @@ class Curved(nn.Module):
 
 
 def tables(make: nn.Module, dims: tuple[int, ...], length: int) -> PositionTables:
-    return PositionTables(region(make), [dims], length)
+    return PositionTables(region(make), [dims], length, torch.device("cpu"))
 
 
 def same(a: Shown, b: Shown) -> bool:
