@@ -248,22 +248,29 @@ def generate(
         typer.Option(metavar="N", help="When the model's positions are full, go on from the last N tokens."),
     ] = None,
     tokenizer: Tokenizer = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", metavar="N", min=1, help="Generate on N ranks, started here."),
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Let a program go on from a prompt; the text is shown as it comes.
 
     It ends with the end of a text (the vocabulary's separator), with a --stop, or when N tokens are written.
+    On several ranks: --nproc N, or torchrun -m moec generate.
 
     moec generate run/program --prompt "def " --temperature 0.8
     """
-    from moec.commands.write import Writing, write
+    from moec.commands.write import Writing
+    from moec.commands.write_ranks import write_anywhere
     from moec.runtime.request import Options
 
     options = Options(
         temperature=temperature, top_k=top_k, top_p=top_p,
         repetition_penalty=repetition_penalty, seed=seed, keep=keep,
     )  # fmt: skip
-    write(Writing(model, plan, prompt, max_new_tokens, stop or (), tokenizer, trust, options))
+    asked = Writing(model, plan, prompt, max_new_tokens, stop or (), tokenizer, trust, options, nproc)
+    raise typer.Exit(write_anywhere(asked))
 
 
 @app.command()

@@ -21,7 +21,7 @@ USUAL = 200  # new tokens, where the command line does not say and the program h
 @dataclass(frozen=True)
 class Writing:
     """What `moec generate` is asked for. `prompt` "-": standard input. `new` None: `USUAL`, or as many as
-    there is room for."""
+    there is room for. `nproc`: ranks to be started here."""
 
     model: str
     plan: str | None
@@ -31,27 +31,56 @@ class Writing:
     tokenizer: str | None
     trust: bool
     options: Options
+    nproc: int | None = None
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The prompt: as it was given, and as tokens of the vocabulary `words`."""
+
+    text: bytes
+    words: Vocabulary
+    tokens: list[int]
 
 
 def write(asked: Writing) -> None:
     """Print the prompt and the text behind it, piece by piece; it ends with a line break."""
+    opening = opening_of(asked, given_prompt(asked))
+    program = program_of(asked.model, asked.plan, trust=asked.trust)
+    show_text(begin(program, opening, asked), opening, asked.stop)
+
+
+def given_prompt(asked: Writing) -> bytes:
+    """The prompt that was typed, or what standard input says."""
+    return sys.stdin.buffer.read() if asked.prompt == "-" else asked.prompt.encode()
+
+
+def opening_of(asked: Writing, prompt: bytes) -> Opening:
+    """Read the prompt, and refuse what needs no program to be refused."""
     if "" in asked.stop:
         raise DataError("--stop", "an empty text", "at least one character")
     words = open_vocabulary(asked.tokenizer or "bytes")
-    prompt = sys.stdin.buffer.read() if asked.prompt == "-" else asked.prompt.encode()
     tokens = [int(token) for token in words.encode(prompt, "--prompt")]
-    program = program_of(asked.model, asked.plan, trust=asked.trust)
-    require_known(program, words, tokens)
-    generation = _begin(program, words, tokens, asked)
-    text = until(pieces(generation, words.stream(tokens), words.separator), asked.stop)
-    last = ""
-    for piece in chain([prompt.decode("utf-8", "replace")], text):
+    if not tokens:
+        raise DataError("--prompt", "an empty prompt", "at least one character")
+    return Opening(prompt, words, tokens)
+
+
+def show_text(generation: Generation, opening: Opening, stops: Sequence[str]) -> None:
+    """Print `opening` and the text of a generation up to the first of `stops`, as it comes."""
+    words, last = opening.words, ""
+    text = until(pieces(generation, words.stream(opening.tokens), words.separator), stops)
+    for piece in chain([opening.text.decode("utf-8", "replace")], text):
         last = _show(piece) or last
     if not last.endswith("\n"):
         print()
+    generation.close()
 
 
-def _begin(program: Program, words: Vocabulary, tokens: list[int], asked: Writing) -> Generation:
+def begin(program: Program, opening: Opening, asked: Writing) -> Generation:
+    """The generation that is asked for; nothing is written yet."""
+    words, tokens = opening.words, opening.tokens
+    require_known(program, words, tokens)
     end = words.separator
     known = end is not None and end < program.source.vocabulary
     try:
@@ -101,8 +130,6 @@ def until(texts: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
 
 def require_known(program: Program, words: Vocabulary, tokens: Sequence[int]) -> None:
     """Tokens of the prompt that the model has no embedding for are an error of the tokenizer, told here."""
-    if not tokens:
-        raise DataError("--prompt", "an empty prompt", "at least one character")
     size = program.source.vocabulary
     if max(tokens) >= size:
         found = f"token {max(tokens)} of '{words.name}', and a model of {size} tokens"
