@@ -198,6 +198,9 @@ class LocalProgram(Program):
 
 def partition(program: Program, rank: int) -> LocalProgram:
     """The program of `rank` (see `Program.partition`)."""
+    if program.stage in ("fused", "cached"):
+        found, needed = f"a {program.stage} program", "the program it was made from, whose parts are fused"
+        raise PassError("partition", found, needed, "program.partition(rank).fused()")
     if program.layout is None:
         program = _on_one_rank(program)
     layout = program.layout

@@ -46,7 +46,7 @@ class FuseMix(Pass):
         for name, module in regions(program.graph, "moe").items():
             region = region_of(module)
             assert region is not None
-            if region.settings.get("residual", "none") == "none":
+            if region.settings.get("residual", "none") == "none" or _is_folded(module):
                 continue
             try:
                 findings.append((name, _fold(program.graph, name, region.index)))
@@ -87,6 +87,11 @@ def _fold(root: fx.GraphModule, name: str, index: int) -> str:
     _take(module, fused, ["dense", *(["mix"] if learned else [])])
     _move(root, site, shares)
     return f"the dense feed-forward is {'mixed' if learned else 'added'} in by moec.moe_ffn"
+
+
+def _is_folded(module: fx.GraphModule) -> bool:
+    """Whether the layer adds the dense values already."""
+    return any(is_call(node, MOE_FFN) and arguments_of(node)[7] is not None for node in module.graph.nodes)
 
 
 def _fused_layer(module: fx.GraphModule) -> fx.Node:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor, fx
 
 import moec
-from moec.errors import VerifyError
+from moec.errors import PassError, VerifyError
 from moec.ir import regions
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_mix import FuseMix
@@ -345,3 +345,22 @@ def test_on_ranks(parallel: dict[str, int], capacity: object) -> None:
     notes = " ".join(placed.partition(0).fused().ledger.notes)
     assert ("moec.admit" in notes) == (capacity == 1.0)
     assert ("travel" in notes) == (parallel["expert"] == 2)
+
+
+def test_a_fused_program_writes_too() -> None:
+    """Derived from the fused program or from the readable one: the same texts, and no capacity in either."""
+    whole = program(capacity_factor=0.5).eval()
+    larger, tokens = whole.fused(), RECIPE.tokens(1, 2, 5)
+    assert torch.equal(larger.generate(tokens, max_new_tokens=4), whole.generate(tokens, max_new_tokens=4))
+
+
+def test_fused_again_nothing_changes() -> None:
+    larger = program().fused()
+    again = larger.fused(verify="full")
+    assert str(again) == str(larger)
+    assert not [note for note in again.ledger.notes[len(larger.ledger.notes) :] if "moe" in note]
+
+
+def test_a_fused_program_is_not_dealt_out() -> None:
+    with pytest.raises(PassError, match=r"program.partition\(rank\).fused\(\)"):
+        program().fused(verify="off").partition(0)
