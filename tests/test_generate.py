@@ -18,7 +18,7 @@ from moec.runtime.request import Options
 from moec.runtime.sampling import Draws, Sampling, choose
 from moec.runtime.stops import Stop
 from tests.capture.families import FAMILIES
-from tests.runtime.load import requests, run
+from tests.runtime.load import bytes_of_tensors, requests, run
 from tests.runtime.recomputing import written
 
 PROMPTS = [[1, 2, 3], [40, 5, 6, 7, 8, 9, 10, 11], [30], [4, 4, 4, 4, 4]]
@@ -106,17 +106,17 @@ def test_weights_that_change_are_seen_and_the_mode_is_left_alone() -> None:
 
 
 def test_two_hundred_texts_on_a_program() -> None:
-    """Of random lengths, coming over time, some cancelled, some too long: no wrong token."""
+    """Of random lengths, coming over time, some cancelled, some too long: no wrong token, no more memory."""
     program = program_of("pr-moe")
     batch = Batch(program.decoder(48), rows=6, length=48, chunk=16)
-    held = [tensor.data_ptr() for tensor in batch.cache.tensors], batch.cache.num_bytes()
+    run(batch, requests(20, 64, 48, seed=2), seed=2)
+    held = batch.cache.num_bytes(), bytes_of_tensors()
     load = run(batch, requests(200, 64, 48, seed=3), seed=3)
+    assert (batch.cache.num_bytes(), bytes_of_tensors()) == held
     assert load.refused >= 10
-    assert ([tensor.data_ptr() for tensor in batch.cache.tensors], batch.cache.num_bytes()) == held
     for text in load.texts:
-        cancelled = text.ended == "cancelled"
         assert text.new == _as_alone(program, text.prompt, text.new, text.sampling, text.row)
-        assert len(text.new) == (text.cancel_at if cancelled else text.most)
+        assert len(text.new) == (text.cancel_at if text.ended == "cancelled" else text.most)
 
 
 def _as_alone(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from moec.errors import DataError
 from moec.runtime.batch import Batch
@@ -80,6 +82,14 @@ def run(batch: Batch, texts: list[Text], seed: int, each_step: Callable[[], None
         load.most_at_once = max(load.most_at_once, len(batch))
         each_step()
     return load
+
+
+def bytes_of_tensors() -> int:
+    """Memory of all tensors that anybody holds."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def _cancel(batch: Batch, name: int, text: Text) -> None:

@@ -6,7 +6,6 @@ import gc
 import tracemalloc
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +13,7 @@ from moec.errors import DataError
 from moec.runtime.batch import Batch
 from moec.runtime.rows import Event, Row
 from moec.runtime.sampling import Sampling
-from tests.runtime.load import Load, requests, run
+from tests.runtime.load import Load, bytes_of_tensors, requests, run
 from tests.runtime.recomputing import Hashed, Recomputing, written
 
 VOCABULARY, LENGTH = 11, 60
@@ -62,10 +61,7 @@ def memory_after(batch: Batch, seed: int) -> tuple[int, int]:
     run(batch, requests(200, VOCABULARY, LENGTH, seed), seed)
     assert isinstance(batch.decoding, Recomputing)
     batch.decoding.shapes.clear()  # what the oracle remembers
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values()), tracemalloc.get_traced_memory()[0]
+    return bytes_of_tensors(), tracemalloc.get_traced_memory()[0]
 
 
 @given(
