@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moec.runtime.ops.triton.launch import launch, precision
+from moec.runtime.ops.triton.launch import launch, power_of_two, precision
 from moec.runtime.ops.triton.pointwise import Pointwise
 from moec.runtime.ops.triton.shapes import Shape
-from moec.runtime.ops.triton.tiles import Tiles
+from moec.runtime.ops.triton.tiles import most_tiles, tile_of
 from moec.runtime.ops.triton.up import add_bias, biases_of, strides
 
 MOST_TOKENS = 16
@@ -28,23 +28,24 @@ def decode_up(
     x_TD: Tensor,
     order_N: Tensor,
     top_k: int,
-    tiles: Tiles,
+    counts_E: Tensor,
     matrices: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     formula: Pointwise,
     shape: Shape,
 ) -> Tensor:
     """The formula's result [N, F] of at most 16 tokens; as `up` otherwise."""
-    num_rows, width, depth = order_N.shape[0], matrices[0].shape[1], x_TD.shape[1]
+    num_rows, depth = order_N.shape[0], x_TD.shape[1]
+    experts, width, _ = matrices[0].shape
     out_NF = x_TD.new_empty(num_rows, width)
     launch(
-        _decode_up, (triton.cdiv(width, shape.width), tiles.most),
-        x_TD, order_N, tiles.table, tiles.most,
+        _decode_up, (triton.cdiv(width, shape.width), most_tiles(num_rows, experts, shape.height)),
+        x_TD, order_N, counts_E,
         tuple(matrices), strides(matrices), *biases_of(biases, x_TD),
-        out_NF, matrices[0].shape[0], width, depth, x_TD.stride(0), x_TD.stride(1),
+        out_NF, num_rows, experts, width, depth, x_TD.stride(0), x_TD.stride(1),
         top_k, len(matrices), tuple(bias is not None for bias in biases),
         formula.forward, precision(x_TD.dtype), x_TD.shape[0] == 1,
-        tiles.height, shape.width, shape.depth, **shape.options,
+        shape.height, shape.width, shape.depth, power_of_two(experts + 1, 2), **shape.options,
     )  # fmt: skip
     return out_NF
 
@@ -52,7 +53,7 @@ def decode_up(
 def decode_down(
     rows_NF: Tensor,
     order_N: Tensor,
-    tiles: Tiles,
+    counts_E: Tensor,
     matrix_EDF: Tensor,
     bias_ED: Tensor | None,
     shape: Shape,
@@ -64,17 +65,17 @@ def decode_down(
 
     `alone`: there is one token, so every expert has one row at most.
     """
-    (num_rows, depth), width = rows_NF.shape, matrix_EDF.shape[1]
+    (num_rows, depth), (experts, width, _) = rows_NF.shape, matrix_EDF.shape
     out_SND = torch.empty(splits, num_rows, width, dtype=torch.float32, device=rows_NF.device)
     part = triton.cdiv(triton.cdiv(depth, splits), shape.depth) * shape.depth
     spare = (rows_NF, 0, 0)
     launch(
-        _decode_down, (triton.cdiv(width, shape.width), tiles.most, splits),
-        rows_NF, order_N, tiles.table, tiles.most, (matrix_EDF,), matrix_EDF.stride(),
+        _decode_down, (triton.cdiv(width, shape.width), most_tiles(num_rows, experts, shape.height), splits),
+        rows_NF, order_N, counts_E, (matrix_EDF,), matrix_EDF.stride(),
         *(spare if bias_ED is None else (bias_ED, *bias_ED.stride())),
-        out_SND, matrix_EDF.shape[0], width, depth, part, num_rows * width,
+        out_SND, num_rows, experts, width, depth, part, num_rows * width,
         bias_ED is not None, precision(rows_NF.dtype), alone,
-        tiles.height, shape.width, shape.depth, **shape.options,
+        shape.height, shape.width, shape.depth, power_of_two(experts + 1, 2), **shape.options,
     )  # fmt: skip
     return out_SND
 
@@ -107,22 +108,20 @@ def _multiply(
     return sums
 
 
-@triton.jit(do_not_specialize=["most", "experts"])
+@triton.jit(do_not_specialize=["num_rows", "experts"])
 def _decode_up(
-    x, order, table, most,
+    x, order, counts,
     weights, weight_strides, biases, bias_strides,
-    out, experts, width, depth, x_row, x_column,
+    out, num_rows, experts, width, depth, x_row, x_column,
     TOP_K: tl.constexpr, LEAVES: tl.constexpr, BIASES: tl.constexpr,
     FORMULA: tl.constexpr, INPUT: tl.constexpr, ALONE: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(1)
-    expert = tl.load(table + tile)
-    if (expert < 0) | (expert == experts):
+    expert, first, size = tile_of(counts, experts, num_rows, tl.program_id(1), HEIGHT, GROUPS)
+    if (size <= 0) | (expert >= experts):
         return
-    first = tl.load(table + most + tile)
     row = first + tl.arange(0, HEIGHT)
-    inside = row < tl.load(table + 2 * most + tile)
+    inside = tl.arange(0, HEIGHT) < size
     n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     if ALONE:
         left = x
@@ -145,21 +144,20 @@ def _decode_up(
     tl.store(out + row.to(tl.int64)[:, None] * width + n[None, :], result, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["most", "experts"])
+@triton.jit(do_not_specialize=["num_rows", "experts"])
 def _decode_down(
-    rows, order, table, most,
+    rows, order, counts,
     weights, weight_strides, bias, bias_expert, bias_column,
-    out, experts, width, depth, part, part_size,
+    out, num_rows, experts, width, depth, part, part_size,
     BIAS: tl.constexpr, INPUT: tl.constexpr, ALONE: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(1), tl.program_id(2)
-    expert = tl.load(table + tile)
-    if expert < 0:
+    split = tl.program_id(2)
+    expert, first, size = tile_of(counts, experts, num_rows, tl.program_id(1), HEIGHT, GROUPS)
+    if size <= 0:
         return
-    first = tl.load(table + most + tile)
     row = first + tl.arange(0, HEIGHT)
-    inside = row < tl.load(table + 2 * most + tile)
+    inside = tl.arange(0, HEIGHT) < size
     n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
     if expert < experts:

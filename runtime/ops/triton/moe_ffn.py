@@ -173,16 +173,17 @@ def _layer(
 
 def _decode(layer: Layer, dense: Tensor | None, mix: Tensor | None, dtype: torch.dtype) -> Tensor:
     x, down, leaves = layer.x_TD, layer.matrices[-1], layer.of_leaves(layer.matrices, 1)
-    tiles = layer.tiles(16)
     shape = layer.shape("decode", 16, layer.inner, x.shape[1], len(leaves))
     hidden_NF = decode_up(
-        x, layer.order_N, layer.top_k, tiles, leaves, layer.leaf_biases(), layer.pointwise, shape
+        x, layer.order_N, layer.top_k, layer.counts_E, leaves, layer.leaf_biases(), layer.pointwise, shape
     )
     shape = layer.shape("decode", 16, down.shape[1], layer.inner)
     programs = -(-down.shape[1] // shape.width) * min(layer.order_N.shape[0], down.shape[0])
     splits = splits_for(programs, layer.inner, shape.depth, _processors(x.device))
     alone = x.shape[0] == 1
-    parts = decode_down(hidden_NF, layer.order_N, tiles, down, layer.biases[-1], shape, splits, alone)
+    parts = decode_down(
+        hidden_NF, layer.order_N, layer.counts_E, down, layer.biases[-1], shape, splits, alone
+    )
     return combine(parts, layer.top_k, dtype, layer.weights_N, dense, mix)
 
 

@@ -71,3 +71,19 @@ def _cut(
     tl.store(table + tile, tl.where(owner < GROUPS, owner, -1), mask=inside)
     tl.store(table + most + tile, start, mask=inside)
     tl.store(table + 2 * most + tile, tl.minimum(end, start + HEIGHT), mask=inside)
+
+
+@triton.jit
+def tile_of(counts, experts, num_rows, tile, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
+    """(expert, first row, number of rows) of one tile, without a table: for a few tokens, where starting one
+    more kernel takes longer than every program's own look at the counts. No rows: there is no such tile."""
+    group = tl.arange(0, GROUPS)
+    count = tl.load(counts + group, mask=group < experts, other=0).to(tl.int32)
+    count = tl.where(group == experts, num_rows - tl.sum(count, 0), count)
+    tiles = (count + HEIGHT - 1) // HEIGHT
+    ends = tl.cumsum(tiles, 0)
+    owner = tl.sum((ends <= tile).to(tl.int32), 0)
+    mine = group == owner
+    into = (tile - tl.sum(tl.where(mine, ends - tiles, 0), 0)) * HEIGHT
+    start = tl.sum(tl.where(mine, tl.cumsum(count, 0) - count, 0), 0)
+    return owner, start + into, tl.sum(tl.where(mine, count, 0), 0) - into
