@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from moec.ir import Check, Pass, Program
 from moec.ir.graphs import drop_unused, graph_modules, place, weight_of
 from moec.ir.patterns import arguments_of, is_call
+from moec.runtime.ops.packed import PACKED
 
 from .fusion_notes import DeclinedError, note_fusions
 from .prove_fusion import prove_fusion
@@ -136,6 +137,7 @@ def _join(tensors: Sequence[Tensor], joined: Joined) -> Tensor:
     key = tuple(id(tensor) for tensor in tensors)
     if key not in joined:
         joined[key] = _lying_together(tensors) if _lie_together(tensors) else _moved_together(tensors)
+        PACKED.consists_of(joined[key], tensors)
     return joined[key]
 
 

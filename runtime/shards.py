@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moec.runtime.ops.packed import PACKED
+
 _collectives = torch.ops._c10d_functional
 
 Named = tuple[str, Tensor]
@@ -130,6 +132,7 @@ class Dealt:
     def join(self) -> None:
         """Give the updated stretch to the other ranks and take theirs; changes the parameters in place."""
         self._flat.copy_(self._gathered(self._stretch))
+        PACKED.clear()  # torch does not count this as a write to the parameters
 
     def slots(self) -> Iterator[Slot]:
         """Which elements of which parameters this rank updates."""

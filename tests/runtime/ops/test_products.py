@@ -112,6 +112,27 @@ def test_what_is_written_to_is_packed_no_more() -> None:
 
 
 @needs_onednn
+def test_pieces_of_a_weight_are_written_to() -> None:
+    kept, whole = PackedWeights(), torch.randn(6, 8)
+    first, second = torch.empty(4, 8), torch.empty(2, 8)
+    first.data, second.data = whole.split([4, 2])
+    for piece in (first, second):
+        kept.consists_of(whole, [first, second])
+        kept.keep(whole)
+        assert kept.find(whole) is not None
+        with torch.no_grad():
+            piece.mul_(2)
+        assert kept.find(whole) is None
+    kept.keep(whole)
+    second.data = torch.randn(2, 8)
+    assert kept.find(whole) is None
+    kept.keep(whole)
+    del first, piece
+    gc.collect()
+    assert kept.find(whole) is None
+
+
+@needs_onednn
 def test_packed_weights_die_with_their_source() -> None:
     kept = PackedWeights()
     weight = torch.randn(96, 200)
