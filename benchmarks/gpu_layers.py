@@ -137,7 +137,7 @@ def grouped_mm(weights: Weights, run: Run) -> Layer:
 
 
 def hugging_face(weights: Weights, run: Run) -> Layer:
-    """Qwen3-MoE's sparse block of transformers v5, experts by `grouped_mm`; its own copies of the weights."""
+    """Qwen3-MoE's sparse block of transformers v5, experts by `grouped_mm`; over the same memory."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 

@@ -202,7 +202,6 @@ def backward(
     demand_device("moe_ffn_backward", x)
     layer = Layer(x, weights, order.contiguous(), counts, matrices, biases, read)
     to_x, to_weights, to_matrices, to_biases = needed
-    nothing = x.new_empty(0)
     if not x.shape[0]:
         return _no_tokens(layer, needed)
     down, leaves = matrices[-1], layer.of_leaves(matrices, 1)
@@ -213,15 +212,12 @@ def backward(
         grad, layer.order_N, layer.top_k, tiles, down, biases[-1], layer.weights_N,
         layer.of_leaves(ups, 1), to_leaves, layer.pointwise, shape,
     )  # fmt: skip
-    found_matrices = (
-        _to_matrices(layer, grad, to_ups, weighted_NF) if to_matrices else [nothing] * len(matrices)
-    )
-    found_biases = _to_biases(layer, grad, to_ups) if to_biases else [nothing] * len(biases)
+    # What is not wanted is a tensor of its own each time: an operator's results must not be one another.
     return (
-        _to_x(layer, tiles, to_leaves, leaves) if to_x else nothing,
+        _to_x(layer, tiles, to_leaves, leaves) if to_x else x.new_empty(0),
         dots_N.view_as(weights).to(weights.dtype) if to_weights else weights.new_empty(0),
-        found_matrices,
-        found_biases,
+        _to_matrices(layer, grad, to_ups, weighted_NF) if to_matrices else [m.new_empty(0) for m in matrices],
+        _to_biases(layer, grad, to_ups) if to_biases else [x.new_empty(0) for _ in biases],
     )
 
 
