@@ -84,7 +84,8 @@ def torchtitan(ours: Sparse) -> nn.Module:
     held = layer.routed_experts.inner_experts
     for name, value in (("w1_EFD", gate), ("w3_EFD", up), ("w2_EDF", ours.down.detach())):
         setattr(held, name, nn.Parameter(value.clone()))
-    layer.router.gate.weight = nn.Parameter(ours.router.detach().clone())
+    # its router asks autocast for float32, which on a CPU there is none of
+    layer.router.gate.weight = nn.Parameter(ours.router.detach().to(ours.up.dtype))
     layer.tokens_per_expert_E.zero_()
     return _Rows(layer, lambda out: out)
 
