@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.errors import VerifyError
 from moec.ir import Check, Pass, Program, region_of, regions
 from moec.ir.graphs import drop_unused, graph_modules, output, placeholder
@@ -34,8 +35,10 @@ from .position_labels import label_positions
 from .position_lookups import Lookups
 from .position_moves import Sequence, hint
 from .position_tables import PositionTables
-from .prove_cached import prove_derived
+from .prove_cached import proof_length, prove_derived
 
+# Where the two capacity factors stand among the arguments.
+FACTORS = {torch.ops.moec.assign.default: 2, torch.ops.moec.gate.default: 6}
 AT = "_looked_up"  # of names, while what they replace is there too
 ADDED_TO_SCORES = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.add.Tensor)
 
@@ -47,12 +50,16 @@ class DeriveCache(Pass):
     length: int
 
     def apply(self, program: Program) -> Program:
-        derive(program.graph, self.length)
+        derive(program.graph, self._positions(program))
         return program
 
     def ensures(self, before: Program, after: Program) -> list[Check]:
         """Fed in ragged steps, the derived program gives the logits of the one it was derived from."""
-        return prove_derived(before, after, lambda root: derive(root, self.length), drop_capacity)
+        return prove_derived(before, after, lambda root: derive(root, self._positions(before)), drop_capacity)
+
+    def _positions(self, program: Program) -> int:
+        """What tables are made for: never fewer than the proof feeds."""
+        return max(self.length, proof_length(program))
 
 
 def derive(root: fx.GraphModule, length: int) -> None:
@@ -99,10 +106,6 @@ def _drop_terms(root: fx.GraphModule) -> None:
     end = output(root.graph)
     if isinstance(end.args[0], tuple):
         end.args = (end.args[0][0],)
-
-
-# Where the two capacity factors stand among the arguments.
-FACTORS = {torch.ops.moec.assign.default: 2, torch.ops.moec.gate.default: 6}
 
 
 def drop_capacity(root: fx.GraphModule) -> None:

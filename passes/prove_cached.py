@@ -74,10 +74,14 @@ def _error(found: list[Tensor], needed: list[Tensor]) -> float:
     return error_of(torch.cat(found), torch.cat(rows))
 
 
+def proof_length(program: Program) -> int:
+    """The positions that are fed: a few, or all that the model has."""
+    return min(POSITIONS, program.source.max_positions or POSITIONS)
+
+
 def proof_rows(program: Program) -> tuple[Tensor, list[tuple[int, ...]]]:
     """Random tokens i64 [2, ≤ 9] and the steps to feed them in, as many as the model has positions for."""
-    limit = program.source.max_positions or POSITIONS
-    length = min(POSITIONS, limit)
+    length = proof_length(program)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, program.source.vocabulary, (2, length), generator=generator)
     past: list[int] = [0, 0]

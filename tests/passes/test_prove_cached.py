@@ -133,3 +133,9 @@ def test_a_broken_derivation_is_caught(
 def test_the_derivation_is_proved(program: moec.Program) -> None:
     derived = Runner(verify="full").run(program.fork(), cached(32))
     assert [c.verdict for c in derived.certificates[-3:]] == ["proved"] * 3
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_short_decoders_are_proved(program: moec.Program, length: int) -> None:
+    derived = Runner(verify="full").run(program.fork(), cached(length))
+    assert all(c.verdict == "proved" for c in derived.certificates[-3:])
