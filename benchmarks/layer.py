@@ -148,7 +148,7 @@ def check_agreement(name: str, peer: nn.Module, ours: Sparse, x: Tensor) -> None
     if kept.float().mean() < 0.75:
         raise AssertionError(f"{name} and moec keep only {int(kept.sum())} tokens of {len(kept)} in common")
     clear = kept & _clear(ours, x)
-    if clear.float().mean() < 0.5:
+    if clear.float().mean() < 0.25:
         raise AssertionError(f"only {int(clear.sum())} tokens of {len(clear)} choose their experts clearly")
     near = (theirs - mine).abs().amax(1) <= TOLERANCES[x.dtype] * mine.abs().amax()
     if not near[clear].all():
