@@ -18,7 +18,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -178,31 +180,75 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the parts, write the record after each, and print it."""
+    """Run the parts, write the record after each, and print it.
+
+    A whole run on a GPU gives every part a process of its own: a kernel that hangs, or breaks the device for
+    its process, costs that part alone.
+    """
     arguments = parsed(words)
     if arguments.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     import torch
 
+    if not arguments.dry and not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu: no CUDA device; --dry runs every part at tiny sizes on the CPU")
+    given = list(words if words is not None else sys.argv[1:])
+    record: dict[str, Any] = {"command": f"python -m benchmarks.gpu {' '.join(given)}".strip()}
+    apart = not arguments.dry and not arguments.only
+    found = _apart(arguments) if apart else _here(arguments)
+    out = arguments.out or (RESULTS if apart else None)
+    for seconds, update in found:
+        record |= update | {"seconds": round(seconds, 1)}
+        _write(record, out)
+    show(record)
+    print(f"\nafter {record['seconds']} s")
+
+
+def _here(arguments: argparse.Namespace) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Machine and parts, one after the other, in this process; seconds so far with each."""
+    import torch
+
     from benchmarks.gpu_clock import Run, attempt
     from moec.runtime.ops.triton.register import interpreting
 
-    if not arguments.dry and not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu: no CUDA device; --dry runs every part at tiny sizes on the CPU")
     torch.manual_seed(0)
     device = torch.device("cpu" if arguments.dry else "cuda")
-    run = Run(device, torch.bfloat16, arguments.budget, arguments.dry, arguments.rounds, arguments.scattermoe)
-    record: dict[str, Any] = {
-        "command": f"python -m benchmarks.gpu {' '.join(words or sys.argv[1:])}".strip()
-    }
-    own = None if arguments.dry or arguments.only else RESULTS
+    limits = (arguments.budget, arguments.dry, arguments.rounds, arguments.scattermoe)
+    run = Run(device, torch.bfloat16, *limits)
     with interpreting() if arguments.dry else nullcontext():
         for name in ("machine", *(arguments.only or PARTS)):
-            attempt(name, partial(lambda name: part(name)(run), name), record)
-            record["seconds"] = round(run.budget - run.left(), 1)
-            _write(record, arguments.out or own)
-    show(record)
-    print(f"\nafter {record['seconds']} s")
+            update: dict[str, Any] = {}
+            attempt(name, partial(lambda name: part(name)(run), name), update)
+            yield run.budget - run.left(), update
+
+
+def _apart(arguments: argparse.Namespace) -> Iterator[tuple[float, dict[str, Any]]]:
+    """The same, each part in a process of its own, which has what is left of the budget."""
+    started = time.monotonic()
+    for name in PARTS:
+        left = arguments.budget - (time.monotonic() - started)
+        words = ["--rounds", str(arguments.rounds), "--scattermoe", arguments.scattermoe]
+        update = alone(name, words, left)
+        yield time.monotonic() - started, update
+
+
+def alone(name: str, words: Sequence[str], limit: float) -> dict[str, Any]:
+    """What a process that runs one part writes within `limit` seconds; or why it wrote nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "part.json")
+        command = [sys.executable, "-m", "benchmarks.gpu", "--only", name, "--out", str(out)]
+        command += ["--budget", str(limit), *words]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=max(limit, 1.0), check=False
+            )
+            said = done.stderr.strip()[-600:]
+        except subprocess.TimeoutExpired:
+            said = f"not done after {limit:.0f} s"
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    return {key: found[key] for key in ("machine", name) if key in found} | (
+        {} if name in found else {name: {"failed": said or "it wrote nothing"}}
+    )
 
 
 def _write(record: Mapping[str, Any], out: Path | None) -> None:

@@ -116,6 +116,16 @@ def test_a_part_that_fails_leaves_its_reason_and_the_others() -> None:
     assert found == {"first": {"failed": "ZeroDivisionError: division by zero"}, "second": {"x": 1}}
 
 
+def test_a_part_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it found comes back with the machine; one that takes too long, or dies, leaves its reason."""
+    monkeypatch.chdir(ROOT)
+    found = gpu.alone("tests", ["--dry"], 120.0)
+    assert found["tests"]["status"] == 0
+    assert found["machine"]["host"]["cores"] >= 1
+    assert gpu.alone("layers", ["--dry"], 0.1) == {"layers": {"failed": "not done after 0 s"}}
+    assert "invalid float value" in gpu.alone("decode", ["--budget", "x"], 60.0)["decode"]["failed"]
+
+
 def test_nothing_begins_without_time_for_it() -> None:
     with pytest.raises(OutOfTimeError, match="the rest: 0 s left of 0"):
         run_of(budget=0.0).demand(1.0, "the rest")
