@@ -33,7 +33,7 @@ def job(
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, but for the plan of two expert ranks."""
-    write_plan(tmp_path, timeout=12)
+    write_plan(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -81,6 +81,7 @@ def test_a_rank_that_hangs_is_named_with_the_step_it_hangs_in(folder: Path) -> N
     """Reason to be nightly: it waits for the limit; the same watch has an everyday test in training."""
     fault = {"SIGNAL": "SIGSTOP", "RANK": 1, "STEP": 4, "LAYER": "dispatch_1", "DIRECTION": "forward"}
     env = {f"FAULT_{name}": value for name, value in fault.items()}
+    write_plan(folder, timeout=12)
     began = time.monotonic()
     status, _, err = job(folder, *WORDS, "--prompt", "abc", module=FAULTY, **env)
     assert status == 1, err
