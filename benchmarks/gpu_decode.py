@@ -43,7 +43,7 @@ CASES = tuple(
     for experts in (64, 128)
     for residual in (False, True)
 )
-TINY = (Case(1, 16, 32, 4, True, 2), Case(20, 16, 32, 4, False, 2))
+TINY = (Case(1, 16, 32, 4, True, 1), Case(17, 16, 32, 4, False, 1))
 
 
 class Layers:
@@ -104,7 +104,7 @@ def measure(case: Case, run: Run, gb_per_s: float) -> dict[str, float]:
     layers.step()
     num_bytes = layers.num_bytes()
     seconds = run.seconds(replayed(layers.step, run), 1.0)
-    eager = run.seconds(layers.step, 0.5)
+    eager = seconds if run.dry else run.seconds(layers.step, 0.5)
     return {
         "microseconds_a_layer": seconds / case.layers * 1e6,
         "without_graph": eager / case.layers * 1e6,

@@ -17,7 +17,7 @@ from examples.gpt import GPT, GPTConfig
 from moec.plan import Plan
 
 PAPER = GPTConfig(vocab=50257, seq=2048, layers=24, width=1024, heads=16, dropout=0.0)
-TINY = GPTConfig(vocab=97, seq=16, layers=4, width=16, heads=2, dropout=0.0)
+TINY = GPTConfig(vocab=97, seq=8, layers=2, width=16, heads=2, dropout=0.0)
 
 
 def plan_of(run: Run) -> dict[str, Any]:
@@ -80,14 +80,15 @@ def generate(program: moec.Program, config: GPTConfig, run: Run, gb_per_s: float
     """Milliseconds a token for 1 and 64 rows at half the positions, in a CUDA graph and without one."""
     decoder, length = program.eval().fused().decoder(config.seq), config.seq
     record: dict[str, Any] = {}
-    for rows in (1, 4 if run.dry else 64):
+    for rows in (1, 2 if run.dry else 64):
         run.demand(0.0 if run.dry else 10.0, f"decoding of {rows} rows")
         cache = decoder.new_cache(rows, length)
         tokens = torch.randint(0, config.vocab, (rows, 1), device=run.device)
         past, wanted = torch.full((rows,), length // 2, device=run.device), torch.zeros_like(tokens)
 
         step = partial(decoder.step, tokens, past, wanted, cache, length)
-        graph, eager = run.seconds(replayed(step, run), 2.0), run.seconds(step, 2.0)
+        graph = run.seconds(replayed(step, run), 2.0)
+        eager = graph if run.dry else run.seconds(step, 2.0)
         found = {"ms_a_token": graph * 1e3, "ms_without_graph": eager * 1e3, "tokens_per_s": rows / graph}
         if rows == 1:  # several rows read other experts too
             found["of_bandwidth"] = active_bytes(program) / graph / 1e9 / gb_per_s

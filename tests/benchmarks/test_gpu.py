@@ -94,7 +94,7 @@ def test_other_tiles_are_tried_and_put_back(monkeypatch: pytest.MonkeyPatch) -> 
     candidate = gpu_tune.CANDIDATES["rows", False][0]
     assert seen[:3] == [before, candidate, before]
     assert shapes.shape_for("rows", torch.bfloat16, 4096, 4096, 4096) == before
-    assert found["T24 d16 n8 E4 K2, rows"] == {
+    assert found["T20 d16 n8 E4 K2, rows"] == {
         "as it is": {"forward_ms": 1.0},
         str(candidate): {"forward_ms": 1.0},
     }
