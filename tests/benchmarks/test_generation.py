@@ -58,7 +58,6 @@ def test_all_contenders_write_the_same_tokens(name: str) -> None:
     for rows, result in zip((1, 3), generation.measure(small(name), [1, 3], 5, 1, 10.0, ways), strict=True):
         assert result.difference_of_logits < 1e-6
         assert set(result.times) == {
-            "moec, packed",
             "moec",
             "transformers",
             "transformers, eager experts",
