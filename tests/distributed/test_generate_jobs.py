@@ -52,6 +52,7 @@ def test_two_ranks_write_what_one_writes_and_rank_0_prints_it(folder: Path) -> N
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(900)
 def test_a_saved_program_ends_after_a_stop_under_torchrun(folder: Path) -> None:
     """Reason to be nightly: three starts. The rank that reaches the stop lets the other one go too."""
     status, _, err = job(folder, "compile", GPT, "--plan", "plan.toml", "--out", "saved")
