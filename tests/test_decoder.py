@@ -65,6 +65,7 @@ def test_scaled_rotary_positions_decode(scaling: str) -> None:
     assert_decodes(Decoder(program, LENGTH, verify="off"), program)
 
 
+@pytest.mark.timeout(900)  # several programs, compiled and derived
 @settings(max_examples=EXAMPLES)
 @given(decoders(max_layers=2, interfaces=("logits",)))
 def test_random_decoders_decode(recipe: DecoderRecipe) -> None:
@@ -74,6 +75,7 @@ def test_random_decoders_decode(recipe: DecoderRecipe) -> None:
     assert_decodes(Decoder(program, LENGTH, verify="off"), program)
 
 
+@pytest.mark.timeout(900)  # several programs, compiled and derived
 @settings(max_examples=EXAMPLES)
 @given(decoys())
 def test_strange_layers_decode_or_are_refused(decoy: DecoyRecipe) -> None:
