@@ -31,10 +31,10 @@ class Decoder:
         self.vocabulary = program.source.vocabulary
         self.max_positions: int = length
         self.packed = packed
-        self.state = table_state(program)
         self.program = Runner(verify=verify).run(program.fork(), cached(length))
         self.program.eval()
         self.fused = Runner(verify="off").run(self.program.fork(), fused_decoder(packed)).eval()
+        self.state = weights_state(program)  # as it is now: joining products moved some weights
         graph = self.program.graph
         self._slots = [_slot(node) for node in _caches(graph.graph)]
         some = next(iter([*graph.parameters(), *graph.buffers()]), None)
@@ -78,7 +78,7 @@ def decoder_of(
     if length is not None and limit is not None and length > limit:
         raise DataError("decoder", f"{length} positions", f"at most {limit}, the model's limit")
     wanted = length or limit or DEFAULT_LENGTH
-    known[:] = [one for one in known if one.state == table_state(program)]
+    known[:] = [one for one in known if one.state == weights_state(program)]
     for one in known:
         if one.max_positions >= wanted and one.packed >= packed:
             return one
@@ -87,11 +87,15 @@ def decoder_of(
     return known[-1]
 
 
-def table_state(program: ir.Program) -> tuple[object, ...]:
-    """What tables of positions were made from: it changes when their weights are written or moved."""
-    found = regions(program.graph, "positions").values()
-    tensors = [t for region in found for t in (*region.parameters(), *region.buffers())]
-    return tuple((t.data_ptr(), _version(t), t.dtype, t.device) for t in tensors)
+def weights_state(program: ir.Program) -> tuple[object, ...]:
+    """What a decoder was made from: it changes when any weight lies elsewhere, or positions are written to.
+
+    Tables of positions are copies; all other weights are shared, so what is written to them is seen.
+    """
+    inside = regions(program.graph, "positions").values()
+    tables = [t for region in inside for t in (*region.parameters(), *region.buffers())]
+    lie = tuple((t.data_ptr(), t.dtype, t.device) for t in (*program.parameters(), *program.buffers()))
+    return (lie, tuple((t.data_ptr(), _version(t)) for t in tables))
 
 
 def _version(value: Tensor) -> int:

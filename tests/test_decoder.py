@@ -162,6 +162,21 @@ def test_training_between_decoding() -> None:
     assert_decodes(program.decoder(LENGTH), program)
 
 
+def test_weights_that_are_moved_are_the_weights_that_decode() -> None:
+    """A decoder joins weights that are read together; whoever gives a parameter other memory is followed."""
+    program = sparse(NAMED["llama_like"])
+    tokens = torch.randint(program.source.vocabulary, (2, 5))
+    decoder = program.decoder(16)
+    assert program.decoder(16) is decoder  # joining them moved weights, and that alone makes no new one
+    program.generate(tokens, 4)
+    for weight in program.parameters():
+        weight.data = weight.detach() * 1.3
+    found = program.generate(tokens, 4)
+    for _ in range(4):
+        tokens = torch.cat([tokens, program(tokens)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, tokens)
+
+
 def test_another_dtype_has_tables_of_its_own() -> None:
     program = sparse(NAMED["gpt2_like"])
     program.decoder(LENGTH)
