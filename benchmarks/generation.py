@@ -35,7 +35,7 @@ from benchmarks.generation_cases import CASES, Case, compiled, difference, promp
 from benchmarks.peers_generation import WAYS, ExpertsUsed, Generate, Way, transformers
 from benchmarks.race import Timing, race
 from moec.program import Program
-from moec.runtime.generate import generate
+from moec.runtime.generation.generate import generate
 
 #: Largest difference of logits, relative to the largest of them, of the same function in fp32.
 SAME = 1e-5

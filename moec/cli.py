@@ -263,7 +263,7 @@ def generate(
     """
     from moec.commands.write import Writing
     from moec.commands.write_ranks import write_anywhere
-    from moec.runtime.request import Options
+    from moec.runtime.generation.request import Options
 
     options = Options(
         temperature=temperature, top_k=top_k, top_p=top_p,

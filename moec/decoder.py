@@ -11,7 +11,7 @@ from moec.ir import regions
 from moec.ir.inputs import Input, factors
 from moec.passes.pipeline import cached, fused_decoder
 from moec.passes.runner import Runner
-from moec.runtime.cache import Cache, Slot
+from moec.runtime.generation.cache import Cache, Slot
 
 DEFAULT_LENGTH, SMALLEST_LENGTH = 2048, 128
 
@@ -22,7 +22,7 @@ class Decoder:
     `program`: the derived one, to print and read; `fused`: the same with larger operators, which is what
     runs. `max_positions`: what its tables were made for. `verify`: whether the derivation is proved, as in
     `moec.compile`. `packed`: weights are held a second time, as a CPU reads them fastest, each until it is
-    written to. Implements `moec.runtime.decoding.Decoding`.
+    written to. Implements `moec.runtime.generation.decoding.Decoding`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Decoder:
         return Cache(self._slots, rows, length, self._device)
 
     def step(self, tokens_Bn: Tensor, past_B: Tensor, wanted_Bm: Tensor, cache: Cache, length: int) -> Tensor:
-        """Logits [B, m, V]; see `moec.runtime.decoding.Decoding.step`."""
+        """Logits [B, m, V]; see `moec.runtime.generation.decoding.Decoding.step`."""
         with torch.inference_mode():  # many small calls, each a third shorter than in no_grad
             views = cache.views(tokens_Bn.shape[0], length)
             logits: Tensor = self.fused.graph(tokens_Bn, past_B, wanted_Bm, *views)

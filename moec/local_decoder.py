@@ -8,7 +8,7 @@ from torch import Tensor
 from moec import ir
 from moec.decoder import Decoder
 from moec.passes.place_dense import logits_split
-from moec.runtime.cache import Cache
+from moec.runtime.generation.cache import Cache
 
 
 class LocalDecoder(Decoder):

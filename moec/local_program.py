@@ -30,9 +30,9 @@ from moec.runtime.trainable import LossTerms
 
 if TYPE_CHECKING:
     from moec.decoder import Decoder
-    from moec.runtime.generate import Generation, Stream
-    from moec.runtime.prompts import PromptsLike
-    from moec.runtime.request import Options
+    from moec.runtime.generation.generate import Generation, Stream
+    from moec.runtime.generation.prompts import PromptsLike
+    from moec.runtime.generation.request import Options
 
 c10d = torch.ops._c10d_functional
 
@@ -108,7 +108,7 @@ class LocalProgram(Program):
         prompts, possibly none, and the result is of those; ranks of a tensor group are given the same.
         Raises `MeshError` where ranks do not do the same, and the errors of `Program.generate`.
         """
-        from moec.runtime.generate import finished
+        from moec.runtime.generation.generate import finished
 
         return finished(self.stream(tokens, max_new_tokens, dealt=dealt, **options), stream)
 
@@ -121,8 +121,8 @@ class LocalProgram(Program):
         """
         if self.layout.mesh.world == 1:
             return super().stream(tokens, max_new_tokens, **options)
-        from moec.runtime.generate_ranks import RankGeneration
-        from moec.runtime.request import Request
+        from moec.runtime.generation.generate_ranks import RankGeneration
+        from moec.runtime.generation.request import Request
 
         request = Request.of(
             tokens,

@@ -23,9 +23,9 @@ from moec.runtime.trainable import LossTerms
 if TYPE_CHECKING:
     from moec.decoder import Decoder
     from moec.local_program import LocalProgram
-    from moec.runtime.generate import Generation, Stream
-    from moec.runtime.prompts import PromptsLike
-    from moec.runtime.request import Options
+    from moec.runtime.generation.generate import Generation, Stream
+    from moec.runtime.generation.prompts import PromptsLike
+    from moec.runtime.generation.request import Options
     from moec.simulation import Simulation
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
@@ -171,13 +171,13 @@ class Program(ir.Program):
 
         Takes the likeliest token each time, unless a `temperature` is given; further `top_k`, `top_p`,
         `repetition_penalty`, `seed`, `stop`, `mask`, `pad`, `rows`, `chunk`, `keep`: see
-        `moec.runtime.request.Options`. `stream(row, token)` is called for every token as it comes; a row for
-        which it returns False ends there.
+        `moec.runtime.generation.request.Options`. `stream(row, token)` is called for every token as it
+        comes; a row for which it returns False ends there.
 
         Gives prompts and new tokens, [B, S + n], or a list of tensors where a list was given. Raises
         `DataError` before any work for what cannot be done, rows longer than the model's limit among it.
         """
-        from moec.runtime.generate import finished
+        from moec.runtime.generation.generate import finished
 
         return finished(self.stream(tokens, max_new_tokens, **options), stream)
 
@@ -185,10 +185,10 @@ class Program(ir.Program):
         """The tokens of `generate` as they come: an iterator of events (`id`: the row, `token`, `ended`).
 
         Rows can be cancelled on the way, `result()` gives what `generate` gives; see
-        `moec.runtime.generate.Generation`.
+        `moec.runtime.generation.generate.Generation`.
         """
-        from moec.runtime.generate import Generation
-        from moec.runtime.request import Request
+        from moec.runtime.generation.generate import Generation
+        from moec.runtime.generation.request import Request
 
         request = Request.of(
             tokens,

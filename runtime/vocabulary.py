@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import DataError
-from moec.runtime.text_stream import ByteStream, TextStream, TokenizerStream
+from moec.runtime.generation.text_stream import ByteStream, TextStream, TokenizerStream
 
 #: Special tokens that tokenizers use for "a text ends here", most usual first.
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|end|>")

@@ -13,13 +13,13 @@ import moec
 from examples.gpt import GPT, GPTConfig
 from moec.errors import DataError
 from moec.plan import Plan
-from moec.runtime.batch import Batch
-from moec.runtime.request import Options
-from moec.runtime.sampling import Draws, Sampling, choose
-from moec.runtime.stops import Stop
+from moec.runtime.generation.batch import Batch
+from moec.runtime.generation.request import Options
+from moec.runtime.generation.sampling import Draws, Sampling, choose
+from moec.runtime.generation.stops import Stop
 from tests.capture.families import FAMILIES
-from tests.runtime.load import bytes_of_tensors, requests, run
-from tests.runtime.recomputing import written
+from tests.runtime.generation.load import bytes_of_tensors, requests, run
+from tests.runtime.generation.recomputing import written
 
 PROMPTS = [[1, 2, 3], [40, 5, 6, 7, 8, 9, 10, 11], [30], [4, 4, 4, 4, 4]]
 MOE: dict[str, Any] = {"layers": "1::2", "experts": 4, "init": "fresh", "router_std": 1.0}

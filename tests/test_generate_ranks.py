@@ -17,8 +17,8 @@ from moec.decoder import Decoder
 from moec.errors import DataError, MeshError, OperatorError
 from moec.ir.mesh import DATA, Mesh
 from moec.local_program import LocalProgram
-from moec.runtime.generate_ranks import own_rows
-from moec.runtime.request import Options
+from moec.runtime.generation.generate_ranks import own_rows
+from moec.runtime.generation.request import Options
 from moec.runtime.simulated import run_ranks
 from tests.runtime.ranks import run_processes
 from tests.test_generate import enlarged

@@ -10,9 +10,9 @@ from itertools import chain
 from moec.commands.programs import program_of
 from moec.errors import DataError
 from moec.program import Program
-from moec.runtime.generate import Generation
-from moec.runtime.request import Options
-from moec.runtime.text_stream import TextStream
+from moec.runtime.generation.generate import Generation
+from moec.runtime.generation.request import Options
+from moec.runtime.generation.text_stream import TextStream
 from moec.runtime.vocabulary import Vocabulary, open_vocabulary
 
 USUAL = 200  # new tokens, where the command line does not say and the program has room

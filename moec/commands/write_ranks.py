@@ -16,7 +16,7 @@ from moec.commands.write import Opening, Writing, begin, given_prompt, opening_o
 from moec.ir.mesh import Mesh
 from moec.local_program import LocalProgram
 from moec.plan import Plan
-from moec.runtime.generate_ranks import RankGeneration
+from moec.runtime.generation.generate_ranks import RankGeneration
 from moec.runtime.launch import Place, launch
 from moec.runtime.mesh import agree, connected
 

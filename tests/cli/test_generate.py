@@ -17,8 +17,8 @@ import moec
 from moec.cli import app
 from moec.commands import write
 from moec.commands.write import until
-from moec.runtime.batch import Batch
-from moec.runtime.rows import Event
+from moec.runtime.generation.batch import Batch
+from moec.runtime.generation.rows import Event
 from tests.cli.conftest import GPT, Moec
 
 Refused = Callable[..., str]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moec.errors import MeshError
 from moec.ir.mesh import Mesh
-from moec.runtime.generate_ranks import joined, own_rows
+from moec.runtime.generation.generate_ranks import joined, own_rows
 from moec.runtime.simulated import run_ranks
 
 

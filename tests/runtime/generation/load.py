@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moec.errors import DataError
-from moec.runtime.batch import Batch
-from moec.runtime.sampling import Sampling
+from moec.runtime.generation.batch import Batch
+from moec.runtime.generation.sampling import Sampling
 
 
 @dataclass

@@ -12,11 +12,11 @@ from typing import TypeAlias, Unpack
 
 from torch import Tensor
 
-from moec.runtime.batch import Batch
-from moec.runtime.decoding import Decoding
-from moec.runtime.prompts import PromptsLike
-from moec.runtime.request import Options, Request
-from moec.runtime.rows import Ended, Event
+from moec.runtime.generation.batch import Batch
+from moec.runtime.generation.decoding import Decoding
+from moec.runtime.generation.prompts import PromptsLike
+from moec.runtime.generation.request import Options, Request
+from moec.runtime.generation.rows import Ended, Event
 
 #: Called with (row, token) for every token as it comes; what returns False ends that row.
 Stream: TypeAlias = Callable[[int, int], object]

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from moec.runtime.sampling import Draws, Sampling
-from moec.runtime.stops import Stop
+from moec.runtime.generation.sampling import Draws, Sampling
+from moec.runtime.generation.stops import Stop
 
 Ended: TypeAlias = Literal["stop", "length", "cancelled"]
 

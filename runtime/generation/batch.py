@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from moec.errors import DataError
-from moec.runtime.decoding import Decoding
-from moec.runtime.rows import Event, Row
-from moec.runtime.sampling import Draws, Sampling, choose
-from moec.runtime.stops import Stop
+from moec.runtime.generation.decoding import Decoding
+from moec.runtime.generation.rows import Event, Row
+from moec.runtime.generation.sampling import Draws, Sampling, choose
+from moec.runtime.generation.stops import Stop
 
 #: Positions looked at are a multiple of this, so that a step seldom has other shapes than the one before.
 STRIDE = 32

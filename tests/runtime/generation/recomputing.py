@@ -12,9 +12,9 @@ import transformers as hf
 from torch import Tensor
 
 from moec.errors import DataError
-from moec.runtime.cache import Cache, Slot
-from moec.runtime.sampling import Draws, Sampling
-from moec.runtime.stops import Stop
+from moec.runtime.generation.cache import Cache, Slot
+from moec.runtime.generation.sampling import Draws, Sampling
+from moec.runtime.generation.stops import Stop
 
 Model = Callable[[Tensor], Tensor]  # tokens [1, S] → logits [1, ., V], the last ones those of the last token
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moec.errors import MeshError
 from moec.ir.mesh import TENSOR, Mesh
-from moec.runtime.cache import Cache
-from moec.runtime.decoding import Decoding
+from moec.runtime.generation.cache import Cache
+from moec.runtime.generation.decoding import Decoding
 from moec.runtime.mesh import gathered
 from moec.runtime.turns import ranks_named
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moec.runtime.cache import Cache
+from moec.runtime.generation.cache import Cache
 
 
 class Decoding(Protocol):

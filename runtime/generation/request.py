@@ -8,10 +8,10 @@ from typing import TypedDict
 from torch import Tensor
 
 from moec.errors import DataError
-from moec.runtime.batch import require_room
-from moec.runtime.prompts import Prompts, PromptsLike
-from moec.runtime.sampling import Sampling
-from moec.runtime.stops import Stop, StopLike
+from moec.runtime.generation.batch import require_room
+from moec.runtime.generation.prompts import Prompts, PromptsLike
+from moec.runtime.generation.sampling import Sampling
+from moec.runtime.generation.stops import Stop, StopLike
 
 
 class Options(TypedDict, total=False):

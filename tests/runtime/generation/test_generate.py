@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import DataError
-from moec.runtime.generate import Generation, generate
-from moec.runtime.request import Options, Request
-from moec.runtime.rows import Event
-from moec.runtime.sampling import Sampling
-from moec.runtime.stops import Stop
-from tests.runtime.recomputing import Hashed, Recomputing, written
+from moec.runtime.generation.generate import Generation, generate
+from moec.runtime.generation.request import Options, Request
+from moec.runtime.generation.rows import Event
+from moec.runtime.generation.sampling import Sampling
+from moec.runtime.generation.stops import Stop
+from tests.runtime.generation.recomputing import Hashed, Recomputing, written
 
 VOCABULARY = 7
 MODEL = Hashed(VOCABULARY)

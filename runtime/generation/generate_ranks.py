@@ -14,13 +14,13 @@ from torch import Tensor
 
 from moec.errors import DataError, MeshError
 from moec.ir.mesh import DATA, TENSOR, WORLD, Mesh
-from moec.runtime.decoding import Decoding
-from moec.runtime.generate import Generation
-from moec.runtime.lockstep import Lockstep
+from moec.runtime.generation.decoding import Decoding
+from moec.runtime.generation.generate import Generation
+from moec.runtime.generation.lockstep import Lockstep
+from moec.runtime.generation.request import Request
+from moec.runtime.generation.rows import Ended, Event
 from moec.runtime.mesh import agree, gathered
 from moec.runtime.ops.groups import group_of
-from moec.runtime.request import Request
-from moec.runtime.rows import Ended, Event
 from moec.runtime.turns import ranks_named
 
 ENDS: tuple[Ended | None, ...] = (None, "stop", "length", "cancelled")

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import DataError
-from moec.runtime.sampling import Draws, Sampling, choose, drawn, limited, penalized
-from tests.runtime.recomputing import processed
+from moec.runtime.generation.sampling import Draws, Sampling, choose, drawn, limited, penalized
+from tests.runtime.generation.recomputing import processed
 
 VOCABULARY = 37
 

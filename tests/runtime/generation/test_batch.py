@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import DataError
-from moec.runtime.batch import Batch
-from moec.runtime.rows import Event, Row
-from moec.runtime.sampling import Sampling
-from tests.runtime.load import Load, bytes_of_tensors, requests, run
-from tests.runtime.recomputing import Hashed, Recomputing, written
+from moec.runtime.generation.batch import Batch
+from moec.runtime.generation.rows import Event, Row
+from moec.runtime.generation.sampling import Sampling
+from tests.runtime.generation.load import Load, bytes_of_tensors, requests, run
+from tests.runtime.generation.recomputing import Hashed, Recomputing, written
 
 VOCABULARY, LENGTH = 11, 60
 MODEL = Hashed(VOCABULARY)

@@ -1,0 +1,1 @@
+"""Texts from a program that remembers: prompts, sampling, stops, rows that come and go, ranks in step."""
