@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import ast
 import json
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from benchmarks.memory import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def measure(row: Placed) -> Measured:
     if ast.dump(ast.parse(first.text())) != ast.dump(ast.parse(last.text())):
         raise RuntimeError("the first and the last rank have different programs")
     (seconds, wall), (more, more_wall) = _between(start, compiled), _between(compiled, done)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     total, local = program.num_parameters(), first.num_parameters()
     return Measured(row.name, total, local, seconds, wall, more, more_wall, peak)
 

@@ -9,12 +9,13 @@ Each model is compiled in a process of its own, so that the peak of memory is it
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from benchmarks.memory import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def measure(model: PaperModel) -> Measured:
         dense = getattr(gpt, model.dense)()
     program = moec.compile(dense, plan_of(model))
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     return Measured(
         model.name, program.num_parameters(), program.num_parameters(active=True), round(seconds, 1), peak
     )
