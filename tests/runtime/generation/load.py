@@ -85,9 +85,10 @@ def run(batch: Batch, texts: list[Text], seed: int, each_step: Callable[[], None
 
 
 def bytes_of_tensors() -> int:
-    """Memory of all tensors that anybody holds."""
+    """Memory of all tensors that anybody holds, less packed weights, which have no storage to ask."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    things = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [thing for thing in things if thing.layout is torch.strided]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
