@@ -9,7 +9,7 @@ A twin is transformers' model class with the weights of our program, so that bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,11 +189,3 @@ CASES: dict[str, Case] = {
         "*.mlp.experts",
     ),
 }
-
-
-def same_tokens(found: Sequence[list[int]], needed: Sequence[list[int]], who: str) -> None:
-    """Raise AssertionError at the first token in which two generations differ."""
-    for row, (ours, theirs) in enumerate(zip(found, needed, strict=True)):
-        if list(ours) != list(theirs):
-            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            raise AssertionError(f"{who}: row {row} has another token at {place}")

@@ -143,10 +143,6 @@ def _speed(cell: Mapping[str, Any]) -> str:
     return f"{cell['forward_tflops']:.0f} / {cell['backward_tflops']:.0f}"
 
 
-def _memory(cell: Mapping[str, Any]) -> str:
-    return "–" if "failed" in cell else f"{cell['kept_gb']:.2f} / {cell['peak_gb']:.2f}"
-
-
 def reasons(record: Any, where: str = "") -> list[str]:
     """Every `failed` in the record, with the place it stands at."""
     if not isinstance(record, dict):

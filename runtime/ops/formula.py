@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -241,14 +241,3 @@ def _is_power(exponent: Expression) -> bool:
 
 def _kind(tree: ast.AST) -> str:
     return type(tree).__name__
-
-
-def call_counts(formula: Formula) -> dict[str, int]:
-    """How often each function is computed for one element, forward: what a cost formula needs."""
-    names = [step.function for step in formula.forward.steps]
-    return {name: names.count(name) for name in dict.fromkeys(names)}
-
-
-def primitives_of(schedules: Iterable[Schedule]) -> Iterator[str]:
-    """The primitive functions that a kernel for these schedules must know."""
-    yield from dict.fromkeys(step.function for s in schedules for step in s.spelled().steps)
