@@ -26,6 +26,8 @@ from moec.passes.runner import Runner
 from moec.plan import Plan
 from moec.program import IGNORED, Program, at_least_float
 from moec.runtime.aligned_draws import align_draws
+from moec.runtime.distillation.lesson import Lesson
+from moec.runtime.distillation.losses import Words
 from moec.runtime.trainable import LossTerms
 
 if TYPE_CHECKING:
@@ -145,31 +147,35 @@ class LocalProgram(Program):
             super()._check(tokens)  # a rank may have no tokens: the others need it all the same
 
     def loss_terms(
-        self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        lesson: Lesson | None = None,
     ) -> LossTerms:
         """This rank's share of the loss and of its parts; `counts` are those of all ranks' tokens."""
-        logits, terms = self.run(tokens)
-        targets, mask = self._targets(tokens, targets, mask)
-        if mask is not None:
-            targets = targets.masked_fill(~mask.bool(), IGNORED)
-        task = self._task_share(logits, targets)
-        if not terms:
-            return {"loss": task, "task": task}
-        balance, z = at_least_float(terms["balance"]), at_least_float(terms["z"])
-        total = task + balance + z
-        return {"loss": total, "task": task, "balance": balance, "z": z, "counts": terms["counts"]}
+        return super().loss_terms(tokens, targets, mask, lesson=lesson)
 
-    def _task_share(self, logits: Tensor, targets: Tensor) -> Tensor:
-        wide = at_least_float(logits).flatten(0, 1)
+    def _count(self, targets: Tensor) -> Tensor:
+        """The positions of the whole job that count, as often as ranks compute each."""
         count = (targets != IGNORED).sum()
         if self.layout.mesh.data > 1:
             count = c10d.wait_tensor(c10d.all_reduce(count, "sum", DATA))
+        return count * self.layout.mesh.tensor
+
+    def _logit_words(self, logits: Tensor) -> Words:
+        split = self._words
+        return Words(logits.shape[-1]) if split is None else Words(sum(split.blocks), split.axis)
+
+    def _task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        wide = at_least_float(logits).flatten(0, 1)
         if self._words is None:
             losses = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")
         else:
             words = sum(self._words.blocks), IGNORED, self._words.axis
             losses = torch.ops.moec.cross_entropy_part(wide, targets.flatten(), *words).sum()
-        return losses / (count * self.layout.mesh.tensor)
+        return losses / self._count(targets)
 
     def placements(self) -> dict[str, Placement]:
         """Where each parameter lies, by its public name."""

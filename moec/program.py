@@ -18,6 +18,8 @@ from moec.errors import DataError
 from moec.ir import region_of, regions
 from moec.ir.retarget import on_device
 from moec.plan import LayerSettings
+from moec.runtime.distillation.lesson import Lesson
+from moec.runtime.distillation.losses import Words, hidden_loss, kl_loss, weighted
 from moec.runtime.trainable import LossTerms
 
 if TYPE_CHECKING:
@@ -90,26 +92,53 @@ class Program(ir.Program):
         return self.loss_terms(tokens, targets, mask)["loss"]
 
     def loss_terms(
-        self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        lesson: Lesson | None = None,
     ) -> LossTerms:
         """The loss, taken apart: `loss`, `task`, and for sparse programs `balance`, `z` (weighted) and
-        `counts`."""
-        logits, terms = self.run(tokens)
-        task = task_loss(logits, *self._targets(tokens, targets, mask))
-        if not terms:
-            return {"loss": task, "task": task}
-        balance, z = at_least_float(terms["balance"]), at_least_float(terms["z"])
-        return {
-            "loss": task + balance + z,
-            "task": task,
-            "balance": balance,
-            "z": z,
-            "counts": terms["counts"],
-        }
+        `counts`.
 
-    def _targets(
-        self, tokens: Tensor, targets: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        With a `lesson`, what a teacher says of the tokens, the loss has its terms too, and `kl` and `hidden`
+        say how far the student is from it, at the positions that count.
+        """
+        logits, terms = self.run(tokens)
+        targets = self._targets(tokens, targets, mask)
+        task = self._task_loss(logits, targets)
+        found: LossTerms = {"loss": task, "task": task}
+        if "counts" in terms:
+            found |= {"balance": at_least_float(terms["balance"]), "z": at_least_float(terms["z"])}
+            found |= {"loss": task + found["balance"] + found["z"], "counts": terms["counts"]}
+        if lesson is None:
+            return found
+        return found | self._taught(logits, terms, targets, lesson, found["loss"])
+
+    def _task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return task_loss(logits, targets)
+
+    def _taught(
+        self, logits: Tensor, terms: Mapping[str, Any], targets: Tensor, lesson: Lesson, loss: Tensor
+    ) -> LossTerms:
+        """The total loss with a teacher's terms, and these."""
+        counted, count = targets != IGNORED, self._count(targets)
+        kl = kl_loss(logits, lesson, counted, count, self._logit_words(logits))
+        found: LossTerms = {"kl": kl}  # type: ignore[typeddict-item]
+        if lesson.hidden:
+            found["hidden"] = hidden_loss(terms["hidden"], lesson, counted, count)
+        return found | {"loss": loss + weighted(lesson, kl, found.get("hidden"))}
+
+    def _count(self, targets: Tensor) -> Tensor:
+        """What sums over positions are divided by."""
+        return (targets != IGNORED).sum()
+
+    def _logit_words(self, logits: Tensor) -> Words:
+        return Words(logits.shape[-1])
+
+    def _targets(self, tokens: Tensor, targets: Tensor | None, mask: Tensor | None) -> Tensor:
+        """What each position is to say, `IGNORED` where it does not count."""
         if targets is None:
             if tokens.shape[1] < 2:
                 raise DataError(
@@ -118,7 +147,7 @@ class Program(ir.Program):
             targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
         if targets.shape != tokens.shape:
             raise DataError("program.loss", f"targets {list(targets.shape)}", f"targets {list(tokens.shape)}")
-        return targets, mask
+        return targets if mask is None else targets.masked_fill(~mask.bool(), IGNORED)
 
     def moe_settings(self) -> Mapping[str, LayerSettings]:
         """The settings of each expert layer, by name; empty for a dense program."""
@@ -269,10 +298,8 @@ class Program(ir.Program):
         return made
 
 
-def task_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in fp32 over the positions that count. logits [B, S, V], targets i64 [B, S]."""
-    if mask is not None:
-        targets = targets.masked_fill(~mask.bool(), IGNORED)
     return F.cross_entropy(at_least_float(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 

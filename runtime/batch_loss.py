@@ -5,40 +5,60 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moec.plan import Train
 from moec.runtime.data import Batch
+from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.ranks import ALONE, Ranks
 from moec.runtime.trainable import LossTerms, Trainable
+
+TERMS: tuple[Literal["loss", "task", "balance", "z", "kl", "hidden"], ...] = (
+    "loss", "task", "balance", "z", "kl", "hidden",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """The mean loss over some tokens, taken apart; `counts` sum the rows of each expert, i64 `[E]`."""
+    """The mean loss over some tokens, taken apart; `counts` sum the rows of each expert, i64 `[E]`.
+
+    `kl` and `hidden` (not weighted) are those of a teacher; None where none speaks.
+    """
 
     loss: float
     task: float
     balance: float
     z: float
     counts: Mapping[str, Tensor]
+    kl: float | None = None
+    hidden: float | None = None
+
+    @property
+    def _terms(self) -> list[float]:
+        told = (self.loss, self.task, self.balance, self.z, self.kl, self.hidden)
+        return [term for term in told if term is not None]
 
     @property
     def is_finite(self) -> bool:
         """Whether every term is a finite number."""
-        return all(map(math.isfinite, (self.loss, self.task, self.balance, self.z)))
+        return all(map(math.isfinite, self._terms))
 
 
-def compute_loss(program: Trainable, batch: Batch, settings: Train) -> LossTerms:
-    """The loss terms of one batch, in bf16 where the settings say so.
+def compute_loss(
+    program: Trainable, batch: Batch, settings: Train, lesson: Lesson | None = None
+) -> LossTerms:
+    """The loss terms of one batch, in bf16 where the settings say so; `lesson`: what a teacher says of it.
 
     bf16 is autocast: weights stay fp32, matrix products run in bf16, and softmax, norms and losses in fp32.
     """
     tokens, targets = batch
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
-        return program.loss_terms(tokens, targets)
+        if lesson is None:  # what never meets a teacher need not know of lessons
+            return program.loss_terms(tokens, targets)
+        return program.loss_terms(tokens, targets, lesson=lesson)
 
 
 @dataclass
@@ -52,7 +72,7 @@ class LossSum:
     def add(self, terms: LossTerms, weight: int) -> None:
         """Count `terms` in, as means (or this rank's shares of them) over `weight` tokens of the job."""
         self._weight += weight
-        for name in ("loss", "task", "balance", "z"):
+        for name in TERMS:
             if name in terms:
                 term: Tensor = terms[name].detach() * weight
                 self._terms[name] = self._terms[name] + term if name in self._terms else term
@@ -71,5 +91,6 @@ class LossSum:
         """
         means = {name: float(total) / self._weight for name, total in ranks.sums(self._terms).items()}
         return BatchLoss(
-            means["loss"], means["task"], means.get("balance", 0.0), means.get("z", 0.0), dict(self._counts)
-        )
+            means["loss"], means["task"], means.get("balance", 0.0), means.get("z", 0.0), dict(self._counts),
+            means.get("kl"), means.get("hidden"),
+        )  # fmt: skip

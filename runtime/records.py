@@ -16,7 +16,10 @@ from moec.runtime.evaluate import Evaluation
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step; `step` counts the steps taken. `balance` and `z` are weighted parts of `loss`."""
+    """One optimizer step; `step` counts the steps taken. `balance` and `z` are weighted parts of `loss`.
+
+    `kl` and `hidden` are those of a teacher, without their weights; None where none speaks.
+    """
 
     step: int
     loss: float
@@ -27,6 +30,8 @@ class StepRecord:
     grad_norm: float
     tokens_per_second: float
     load: Mapping[str, Load]
+    kl: float | None = None
+    hidden: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _flat(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
     if isinstance(record, StepRecord):
-        return asdict(record)
+        return {name: value for name, value in asdict(record).items() if value is not None}
     told = asdict(record.evaluation)
     return {"step": record.step, **told, "bits": record.evaluation.bits}
 

@@ -8,17 +8,21 @@ decide by are sums over the job.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from moec.errors import TrainError
 from moec.plan import Train
 from moec.runtime.balance import nudge_biases
 from moec.runtime.batch_loss import BatchLoss, LossSum, compute_loss
 from moec.runtime.data import Batch
+from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.holding import Holding
 from moec.runtime.optimizer import Optimizer
 from moec.runtime.ranks import ranks_of
 from moec.runtime.recompute import recomputing
 from moec.runtime.trainable import Trainable
+
+Lessons = Callable[[Batch, int], Lesson]
 
 
 class OptimizerStep:
@@ -30,14 +34,15 @@ class OptimizerStep:
         self.holding = Holding(program, self.ranks)
         self.optimizer = Optimizer(program, settings, self.holding)
 
-    def take(self, batch: Batch, rate: float) -> tuple[BatchLoss, float]:
+    def take(self, batch: Batch, rate: float, lessons: Lessons | None = None) -> tuple[BatchLoss, float]:
         """Learn from `batch` (two i64 `[B, S]`) at learning rate `rate`; gives the loss and gradient norm.
 
         The batch is that of the whole job, the same on every rank; each learns from its stretch of it.
+        `lessons`: asks a teacher about a part of the batch that begins with its i-th sequence.
         Raises `TrainError` when either is not finite; the weights are then as they were before.
         """
         try:
-            loss = self.gradients(batch)
+            loss = self.gradients(batch, lessons)
             self.optimizer.reduce()
             norm = self.clip()
             self.update(rate, loss)
@@ -45,21 +50,23 @@ class OptimizerStep:
             self.optimizer.free()
         return loss, norm
 
-    def gradients(self, batch: Batch) -> BatchLoss:
+    def gradients(self, batch: Batch, lessons: Lessons | None = None) -> BatchLoss:
         """Leave the mean gradient over `batch` in the parameters, computed in `accumulate` equal parts.
 
         The task loss is a mean over tokens, so its gradient does not depend on the number of parts. The
         balance term and expert capacities are those of each part: they are not linear in the batch. On
         several ranks the gradients are shares, to be summed by `Optimizer.reduce`.
         """
-        total = LossSum()
+        total, first = LossSum(), 0
         parts = self.settings.accumulate
         with recomputing(self.program, self.settings.recompute):
             for part in zip(*(side.chunk(parts) for side in batch), strict=True):
+                lesson = None if lessons is None else lessons(part, first)
                 tokens, targets = (side.to(self.ranks.device) for side in self.ranks.stretch(part))
-                terms = compute_loss(self.program, (tokens, targets), self.settings)
+                terms = compute_loss(self.program, (tokens, targets), self.settings, lesson)
                 (terms["loss"] / parts).backward()
                 total.add(terms, part[0].numel())
+                first += len(part[0])
         loss = total.mean(self.ranks)
         if not loss.is_finite:
             found = f"{loss.loss} (task {loss.task}, balance {loss.balance}, z {loss.z})"

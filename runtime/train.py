@@ -32,13 +32,14 @@ from moec.runtime.balance import loads_of
 from moec.runtime.checkpoint import latest_checkpoint, read_manifest, require_whole_files, save_checkpoint
 from moec.runtime.data import TextData
 from moec.runtime.display import TrainingDisplay
+from moec.runtime.distillation.teaching import Teaching
 from moec.runtime.evaluate import Evaluation, evaluate
 from moec.runtime.interrupt import Interrupt
 from moec.runtime.records import EvaluationRecord, NoRecords, RecordBook, StepRecord
 from moec.runtime.rng import borrowed_rng, seed_of
 from moec.runtime.schedule import learning_rate
 from moec.runtime.snapshot import restore_random, restore_snapshot, take_snapshot
-from moec.runtime.step import OptimizerStep
+from moec.runtime.step import Lessons, OptimizerStep
 from moec.runtime.trainable import Trainable, in_mode
 
 
@@ -84,6 +85,7 @@ class Trainer:
         *,
         plan: Plan | None = None,
         console: Console | None = None,
+        teaching: Teaching | None = None,
     ) -> None:
         if settings.sequence != data.sequence:
             found = f"sequence = {settings.sequence}, and data cut into {data.sequence}"
@@ -91,7 +93,7 @@ class Trainer:
         self.program, self.settings, self.data = program, settings, data
         self._stepper = OptimizerStep(program, settings)
         self._ranks = self._stepper.ranks
-        self.out_dir, self.plan = Path(out_dir), plan
+        self.out_dir, self.plan, self.teaching = Path(out_dir), plan, teaching
         self.console = (console or Console()) if self._ranks.is_first else Console(quiet=True)
         self._result = TrainResult()
         self._position, self._saved_step = 0, -1
@@ -155,7 +157,7 @@ class Trainer:
         batch = self.data.train_batch(settings.seed, self._position, settings.batch)
         rate = learning_rate(result.step, settings)
         try:
-            loss, norm = self._stepper.take(batch, rate)
+            loss, norm = self._stepper.take(batch, rate, self._lessons())
         except TrainError as error:
             raise self._with_last_good(error) from error
         result.step += 1
@@ -171,13 +173,24 @@ class Trainer:
             grad_norm=norm,
             tokens_per_second=num_tokens / (time.perf_counter() - began),
             load=loads_of(loss.counts, self.program.moe_settings(), num_tokens),
+            kl=loss.kl,
+            hidden=loss.hidden,
         )
+
+    def _lessons(self) -> Lessons | None:
+        """What asks the teacher, while it speaks."""
+        teaching, position = self.teaching, self._position
+        if teaching is None or not teaching.speaks(self._result.step):
+            return None
+        return lambda part, first: teaching.lesson(part, position + first)
 
     def _evaluate(self, book: RecordBook, display: TrainingDisplay) -> None:
         settings = self.settings
         evaluation = evaluate(self.program, self.data, settings, batches=settings.eval_batches)
         record = EvaluationRecord(self._result.step, evaluation)
         self._result.evaluations.append(record)
+        if self.teaching is not None:
+            self.teaching.stages.observe(record.step, evaluation.loss)
         book.write(record)
         display.evaluation(record)
 
@@ -209,6 +222,8 @@ class Trainer:
             else:
                 self._seed_draws(step)
         self._position, self._saved_step = record["position"], step
+        if self.teaching is not None:
+            self.teaching.restore(record["stages"])
         return TrainResult(step=step, checkpoint=latest)
 
     def _seed_draws(self, step: int = 0) -> None:
@@ -225,6 +240,8 @@ class Trainer:
         except TrainError as error:
             raise self._with_last_good(error) from error
         record = {"position": self._position, **self._identity(), **self._remarks()}
+        if self.teaching is not None:
+            record["stages"] = self.teaching.record()
         keep = self.settings.keep
         result.checkpoint = save_checkpoint(self.out_dir, result.step, tensors, record, keep, self._ranks)
         self._saved_step = result.step
@@ -238,6 +255,7 @@ class Trainer:
             "layers": {name: layer.model_dump(mode="json") for name, layer in settings.items()},
             "data": self.data.fingerprint,
             "seed": self.settings.seed,
+            **({} if self.teaching is None else self.teaching.identity()),
         }
 
     def _mesh(self) -> dict[str, object] | None:

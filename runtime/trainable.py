@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from moec.ir.placement import Layout, Placement
 from moec.plan import LayerSettings
+from moec.runtime.distillation.lesson import Lesson
 
 
 class LossTerms(TypedDict):
     """One loss, taken apart. Scalars are fp32 `[]`; `balance` and `z` are weighted already.
 
     `loss` is the total and the only term with a gradient that matters. `counts` holds, for each expert layer,
-    the rows each expert computed, i64 `[E]`. A dense program leaves `balance`, `z` and `counts` out.
+    the rows each expert computed, i64 `[E]`. A dense program leaves `balance`, `z` and `counts` out. With a
+    teacher there are `kl` and, where hidden states are compared, `hidden`: not weighted yet.
     """
 
     loss: Tensor
@@ -29,6 +31,8 @@ class LossTerms(TypedDict):
     balance: NotRequired[Tensor]
     z: NotRequired[Tensor]
     counts: NotRequired[Mapping[str, Tensor]]
+    kl: NotRequired[Tensor]
+    hidden: NotRequired[Tensor]
 
 
 class Trainable(Protocol):
@@ -43,10 +47,20 @@ class Trainable(Protocol):
         """Logits `[B, S, V]` for tokens i64 `[B, S]`."""
         ...
 
+    def run(self, tokens: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+        """Logits, those of this rank's words where the vocabulary is dealt out, and the layers' terms."""
+        ...
+
     def loss_terms(
-        self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        lesson: Lesson | None = None,
     ) -> LossTerms:
-        """The loss of predicting `targets` (i64 `[B, S]`, one further than `tokens`)."""
+        """The loss of predicting `targets` (i64 `[B, S]`, one further than `tokens`), and of what the teacher
+        says of `tokens`."""
         ...
 
     def expert_parameter_names(self) -> set[str]:

@@ -9,10 +9,13 @@ from pydantic import Field, model_validator
 from moec.plan.fields import (
     BelowOne,
     Count,
+    Direction,
+    Keeping,
     Listed,
     NonNegative,
     Positive,
     Share,
+    StudentInit,
     TrainDtype,
     Whole,
 )
@@ -22,9 +25,18 @@ from moec.plan.section import Section, complaint
 class Student(Section):
     """The `[student]` table (Mixture-of-Students): the same model with fewer layers."""
 
-    depth: Count | None = Field(default=None, description="Layers to keep, spread evenly over the teacher's.")
+    depth: Count | None = Field(default=None, description="Layers to keep; `by` says which.")
     keep: Annotated[tuple[Whole, ...], Listed] | None = Field(
         default=None, description="The teacher's layers to keep, instead of depth."
+    )
+    by: Keeping = Field(
+        default="even",
+        description="With depth, which layers stay: spread evenly over the teacher's, first and last among "
+        "them (even), or those that change the residual stream most on held-out text (importance).",
+    )
+    init: StudentInit = Field(
+        default="teacher",
+        description="Where the student's weights come from: the teacher's layers, or all drawn anew (fresh).",
     )
 
     @model_validator(mode="after")
@@ -34,19 +46,51 @@ class Student(Section):
             raise complaint(found, "one of depth and keep")
         if self.keep is not None and (not self.keep or list(self.keep) != sorted(set(self.keep))):
             raise complaint(f"keep = {list(self.keep)}", "layer numbers in ascending order", at=("keep",))
+        if self.keep is not None and self.by != "even":
+            raise complaint(f'by = "{self.by}" with keep', "depth, or keep alone", at=("by",))
         return self
 
 
 class Distill(Section):
-    """The `[distill]` table: loss = task + alpha · temperature² · KL(teacher ‖ student)."""
+    """The `[distill]` table: loss = task + alpha · temperature² · KL(teacher ‖ student), for a while.
+
+    The KL term ends after the fraction `stop` of the steps, after `stop_step` steps, or once `patience`
+    evaluations in a row brought no better held-out loss, whichever comes first.
+    """
 
     alpha: NonNegative = Field(default=1.0, description="Weight of the teacher's term.")
     temperature: Positive = Field(
         default=1.0, description="Softens both distributions before they are compared."
     )
+    direction: Direction = Field(
+        default="forward",
+        description="KL(teacher ‖ student), which covers all that the teacher says (forward), or "
+        "KL(student ‖ teacher), which avoids what it does not say (reverse).",
+    )
     stop: Share = Field(
         default=1.0,
         description="Fraction of the training after which only the task loss remains (staged distillation).",
+    )
+    stop_step: Whole | None = Field(default=None, description="The same as a number of steps.")
+    patience: Count | None = Field(
+        default=None,
+        description="Evaluations in a row without a better held-out loss after which only the task loss "
+        "remains.",
+    )
+    top_k: Count | None = Field(
+        default=None,
+        description="Compare the teacher's likeliest words and the sum of all others; left out, all words.",
+    )
+    hidden: NonNegative = Field(
+        default=0.0, description="Weight of the distance between hidden states of student and teacher."
+    )
+    hidden_map: Annotated[tuple[Whole, ...], Listed] | None = Field(
+        default=None,
+        description="For each layer of the student, the teacher's whose output it is to have; left out, "
+        "those it was made from.",
+    )
+    dtype: TrainDtype = Field(
+        default="fp32", description="Arithmetic of the teacher: fp32, or bf16 by autocast."
     )
 
 

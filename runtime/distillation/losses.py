@@ -1,0 +1,62 @@
+"""What a lesson costs the student: DeepSpeed-MoE, section 4.2.1, equation 1.
+
+    loss = task + alpha · temperature² · KL(teacher ‖ student) + hidden · distance
+
+The KL and the distance are means over the positions that have a target, those of the task loss. The square of
+the temperature keeps the size of the gradient, which softening both distributions divides by it (Hinton et
+al., arXiv 1503.02531, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.runtime.distillation.lesson import Lesson, TopWords
+from moec.runtime.ops.registry import wide
+
+
+@dataclass(frozen=True)
+class Words:
+    """How the words of logits lie: `number` in all, dealt out to the ranks of `axis` ("" : all are here)."""
+
+    number: int
+    axis: str = ""
+
+
+def kl_loss(logits_BSV: Tensor, lesson: Lesson, counted_BS: Tensor, count: Tensor, words: Words) -> Tensor:
+    """The sum of the KL over the counted positions (bool `[B, S]`), over `count`; `[]`, in fp32 at least.
+
+    Where the vocabulary is dealt out, every rank of `words.axis` gets the whole sum.
+    """
+    distill, told = lesson.distill, lesson.told
+    # Positions that do not count are left out before anything is computed of them.
+    how = (words.number, distill.temperature, distill.direction == "reverse", words.axis)
+    if isinstance(told, TopWords):
+        chosen = told.words[counted_BS], told.log_shares[counted_BS]
+        rows_N = torch.ops.moec.divergence_top(logits_BSV[counted_BS], *chosen, *how)
+    else:
+        rows_N = torch.ops.moec.divergence(logits_BSV[counted_BS], told[counted_BS], *how)
+    return rows_N.sum() / count
+
+
+def hidden_loss(states: Mapping[int, Tensor], lesson: Lesson, counted_BS: Tensor, count: Tensor) -> Tensor:
+    """Mean over layers of the distance |student - teacher|² / |teacher|², summed over counted positions, over
+    `count`; `[]`, in fp32 at least."""
+    layers = [_distance(states[layer], said, counted_BS) for layer, said in lesson.hidden.items()]
+    return torch.stack(layers).mean() / count
+
+
+def _distance(student_BSD: Tensor, teacher_BSD: Tensor, counted_BS: Tensor) -> Tensor:
+    ours, theirs = (side[counted_BS].to(wide(side.dtype)) for side in (student_BSD, teacher_BSD))
+    return ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).sum()
+
+
+def weighted(lesson: Lesson, kl: Tensor, hidden: Tensor | None) -> Tensor:
+    """What is added to the task loss."""
+    distill = lesson.distill
+    total = distill.alpha * distill.temperature**2 * kl
+    return total if hidden is None else total + distill.hidden * hidden

@@ -1,0 +1,56 @@
+"""Teachers: what speaks of a batch."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from moec.plan import Distill
+from moec.runtime.data import Batch
+from moec.runtime.distillation.lesson import Lesson
+from moec.runtime.ranks import Ranks, ranks_of
+from moec.runtime.rng import borrowed_rng
+from moec.runtime.trainable import Trainable, in_mode
+
+
+class Teacher(Protocol):
+    """Something that speaks of batches."""
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same, as JSON, for a resumed run to be the same run."""
+        ...
+
+    def lesson(self, batch: Batch, position: int) -> Lesson:
+        """What it says of the batch of the whole job (two i64 `[B, S]`, on the CPU) whose first sample is
+        number `position` of the run; the tokens of this rank's student, on its device. Every rank calls it.
+        """
+        ...
+
+
+class LiveTeacher:
+    """A program that is run: in eval mode, without gradients, leaving the random state alone.
+
+    It lies on ranks as the student does.
+    """
+
+    def __init__(self, program: Trainable, distill: Distill, ranks: Ranks | None = None) -> None:
+        self.program, self.distill = program, distill
+        self.ranks = ranks_of(program) if ranks is None else ranks
+
+    def identity(self) -> dict[str, Any]:
+        """The program's structure and its weights."""
+        return {"program": self.program.fingerprint()}
+
+    def lesson(self, batch: Batch, position: int) -> Lesson:
+        """See `Teacher`."""
+        tokens = self.ranks.stretch(batch)[0].to(self.ranks.device)
+        narrow = self.distill.dtype == "bf16"
+        with (
+            torch.no_grad(),
+            in_mode(self.program, training=False),
+            borrowed_rng(self.ranks.device),
+            torch.autocast(tokens.device.type, torch.bfloat16, enabled=narrow),
+        ):
+            logits = self.program.run(tokens)[0]
+        return Lesson(logits, self.distill)
