@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moec.errors import TrainError
 from moec.runtime.distillation.lesson import Lesson, TopWords
 from moec.runtime.ops.registry import wide
 
@@ -45,14 +46,29 @@ def kl_loss(logits_BSV: Tensor, lesson: Lesson, counted_BS: Tensor, count: Tenso
 
 def hidden_loss(states: Mapping[int, Tensor], lesson: Lesson, counted_BS: Tensor, count: Tensor) -> Tensor:
     """Mean over layers of the distance |student - teacher|² / |teacher|², summed over counted positions, over
-    `count`; `[]`, in fp32 at least."""
-    layers = [_distance(states[layer], said, counted_BS) for layer, said in lesson.hidden.items()]
+    `count`; `[]`, in fp32 at least.
+
+    `states`: the student's hidden states `[B, S, D]`, of the layers that `lesson.hidden` speaks of. Where the
+    teacher's vector is zero there is no such distance: the position adds nothing. Raises `TrainError` for
+    states of another shape than the teacher's.
+    """
+    layers = [_distance(layer, states[layer], said, counted_BS) for layer, said in lesson.hidden.items()]
     return torch.stack(layers).mean() / count
 
 
-def _distance(student_BSD: Tensor, teacher_BSD: Tensor, counted_BS: Tensor) -> Tensor:
-    ours, theirs = (side[counted_BS].to(wide(side.dtype)) for side in (student_BSD, teacher_BSD))
-    return ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).sum()
+def _distance(layer: int, student_BSD: Tensor, teacher_BSD: Tensor, counted_BS: Tensor) -> Tensor:
+    """The sum over counted positions; both sides in the wider of their dtypes."""
+    if student_BSD.shape != teacher_BSD.shape:
+        found = f"{list(student_BSD.shape)} of the student, {list(teacher_BSD.shape)} of the teacher"
+        raise TrainError(f"hidden states of layer {layer}", found, "the same shape")
+    dtype = torch.promote_types(wide(student_BSD.dtype), teacher_BSD.dtype)
+    ours_ND, theirs_ND = (side[counted_BS].to(dtype) for side in (student_BSD, teacher_BSD))
+    # In units of the teacher's largest number, so that squares neither overflow nor vanish.
+    largest_N1 = theirs_ND.abs().amax(-1, keepdim=True)
+    unit_N1 = largest_N1.masked_fill(largest_N1 == 0, 1.0)
+    apart_N = ((ours_ND - theirs_ND) / unit_N1).square().sum(-1)
+    size_N = (theirs_ND / unit_N1).square().sum(-1)
+    return (apart_N / size_N.clamp_min(1.0)).masked_fill(largest_N1.squeeze(-1) == 0, 0.0).sum()
 
 
 def weighted(lesson: Lesson, kl: Tensor, hidden: Tensor | None) -> Tensor:
