@@ -117,7 +117,5 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 
 def test_other_widths_are_refused() -> None:
-    with pytest.raises(
-        TrainError, match=r"layer 2\n.*\[1, 2, 3\] of the student, \[1, 2, 1\] of"
-    ):
+    with pytest.raises(TrainError, match=r"layer 2\n.*\[1, 2, 3\] of the student, \[1, 2, 1\] of"):
         distance({2: drawn(0, 1, 2, 3)}, {2: drawn(0, 1, 2, 1)}, torch.ones(1, 2, dtype=torch.bool))
