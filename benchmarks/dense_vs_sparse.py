@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ import torch
 from rich.console import Console
 
 import moec
-from benchmarks import machine
+from benchmarks.experiment import Results, Run, busiest, spread
 from examples import gpt
 from moec.plan import Plan, Train
 from moec.runtime.data import TextData, load_text
-from moec.runtime.evaluate import Evaluation, evaluate
+from moec.runtime.evaluate import evaluate
 from moec.runtime.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,22 +62,6 @@ TRAIN = Train(
 FINAL_BATCHES = 250
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run. `bits`: bits per byte on held-out text; `curve`: step → bits on a part of it."""
-
-    variant: str
-    seed: int
-    bits: float
-    parameters: int
-    active: int
-    tokens_per_second: float
-    tokens_per_cpu_second: float
-    seconds: float
-    busiest: Mapping[str, float]
-    curve: Mapping[str, float] = field(default_factory=dict)
-
-
 def train_once(variant: str, seed: int, settings: Train, data: TextData) -> Run:
     """Train `variant` with `seed` from scratch, and measure it on text held out from training."""
     torch.manual_seed(seed)
@@ -103,51 +86,8 @@ def plan_of(variant: str, seed: int) -> Plan:
     return Plan.resolve(None if moe is None else {"moe": {**moe, "seed": seed}})
 
 
-def busiest(evaluation: Evaluation) -> dict[str, float]:
-    """Rows of the busiest expert over the mean, for each layer."""
-    return {layer: load.max_over_mean for layer, load in evaluation.load.items()}
-
-
 def _num_tokens(settings: Train) -> int:
     return settings.steps * settings.batch * settings.sequence
-
-
-class Results:
-    """The finished runs, in a JSON file that is written after each of them."""
-
-    def __init__(self, path: Path, settings: Train) -> None:
-        self.path, self.conditions = path, conditions(settings)
-        self.runs: list[Run] = []
-        if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            self._require_same_conditions(kept["conditions"])
-            self.runs = [Run(**run) for run in kept["runs"]]
-
-    def _require_same_conditions(self, kept: Mapping[str, Any]) -> None:
-        """Runs under other conditions do not belong into one table, and are not to be lost either."""
-        # A variant more does not touch the others.
-        now = {**self.conditions, "variants": {**kept["variants"], **self.conditions["variants"]}}
-        then = {**kept, "variants": {**self.conditions["variants"], **kept["variants"]}}
-        differing = [key for key in now if now[key] != then.get(key)]
-        if differing:
-            raise SystemExit(
-                f"{self.path}: runs under another {', '.join(differing)}; "
-                "give --out another file (and --pages nothing), or remove this one"
-            )
-
-    def has(self, variant: str, seed: int) -> bool:
-        """Whether this run is among the finished ones."""
-        return any(run.variant == variant and run.seed == seed for run in self.runs)
-
-    def add(self, run: Run) -> None:
-        """Keep `run`, and write the file."""
-        self.runs.append(run)
-        runs = [asdict(run) for run in self.runs]
-        told = {"machine": machine.describe(), "conditions": self.conditions, "runs": runs}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".partial")
-        draft.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        draft.replace(self.path)
 
 
 def conditions(settings: Train) -> dict[str, Any]:
@@ -159,13 +99,6 @@ def conditions(settings: Train) -> dict[str, Any]:
 
 
 # the page
-
-
-def spread(values: Iterable[float], digits: int) -> str:
-    """Mean ± standard deviation over the seeds (the mean alone when there is one)."""
-    seen = list(values)
-    mean = f"{statistics.mean(seen):,.{digits}f}"
-    return f"{mean} ± {statistics.stdev(seen):,.{digits}f}" if len(seen) > 1 else mean
 
 
 def table(runs: list[Run]) -> str:
@@ -209,7 +142,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warmup = min(TRAIN.warmup, options.steps // 10)
     settings = Train(**{**TRAIN.model_dump(), "steps": options.steps, "warmup": warmup})
-    results, data = Results(options.out, settings), load_text(sequence=settings.sequence)
+    results, data = Results(options.out, conditions(settings)), load_text(sequence=settings.sequence)
     for seed in range(options.seeds):
         for variant in VARIANTS:
             if not results.has(variant, seed):

@@ -11,7 +11,8 @@ import torch
 
 import moec
 from benchmarks import dense_vs_sparse as experiment
-from benchmarks.dense_vs_sparse import BEGIN, END, TRAIN, Results, Run, plan_of, spread, table, write_page
+from benchmarks.dense_vs_sparse import BEGIN, END, TRAIN, conditions, plan_of, table, write_page
+from benchmarks.experiment import Results, Run, spread
 from examples import gpt
 from moec.plan import Plan
 from moec.runtime.data import load_text
@@ -62,29 +63,29 @@ def test_one_run_is_measured_and_repeats(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_results_are_kept_and_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "made" / "runs.json"
-    results = Results(path, TRAIN)
+    results = Results(path, conditions(TRAIN))
     assert not results.has("dense", 0)
     results.add(RUN)
-    again = Results(path, TRAIN)
+    again = Results(path, conditions(TRAIN))
     assert again.runs == [RUN]
     assert again.has("dense", 0)
     assert not again.has("dense", 1)
     assert not again.has("MoE", 0)
     assert json.loads(path.read_text(encoding="utf-8"))["machine"]["threads"] == torch.get_num_threads()
     with pytest.raises(SystemExit, match=r"runs\.json: runs under another train; give --out another file"):
-        Results(path, TRAIN.model_copy(update={"lr": 1.0}))
-    assert Results(path, TRAIN).runs == [RUN]
+        Results(path, conditions(TRAIN.model_copy(update={"lr": 1.0})))
+    assert Results(path, conditions(TRAIN)).runs == [RUN]
 
 
 def test_a_variant_may_come_later_but_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "runs.json"
-    Results(path, TRAIN).add(RUN)
+    Results(path, conditions(TRAIN)).add(RUN)
     more = {**experiment.VARIANTS, "wide": {**experiment.MOE, "experts": 16}}
     monkeypatch.setattr(experiment, "VARIANTS", more)
-    assert Results(path, TRAIN).runs == [RUN]
+    assert Results(path, conditions(TRAIN)).runs == [RUN]
     monkeypatch.setattr(experiment, "VARIANTS", {**more, "MoE": {**experiment.MOE, "experts": 16}})
     with pytest.raises(SystemExit, match="runs under another variants"):
-        Results(path, TRAIN)
+        Results(path, conditions(TRAIN))
 
 
 def test_a_seed_is_no_condition() -> None:
