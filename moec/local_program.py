@@ -19,6 +19,7 @@ from moec.ir.mesh import DATA
 from moec.ir.placement import Layout, Placement, Split
 from moec.ir.retarget import on_device
 from moec.passes.arrange_ranks import ArrangeRanks
+from moec.passes.name_axes import NameAxes
 from moec.passes.pipeline import partitioned
 from moec.passes.place_dense import logits_split
 from moec.passes.place_experts import PlaceExperts
@@ -69,6 +70,18 @@ class LocalProgram(Program):
         align_draws(made.graph, self.layout.mesh)
         return made
 
+    def named(self, name: str) -> LocalProgram:
+        """The same part, over the same weights, whose axes go by `name`: `teacher_tensor`, …
+
+        So two programs that are arranged differently run on the same ranks: they are connected by
+        `mesh.joined(other.layout.mesh)`. It is never saved. Raises `PassError` where it has a name already.
+        """
+        made = Runner(verify="off").run(self.fork(), [NameAxes(name)])
+        assert isinstance(made, LocalProgram)
+        made.backend, made._whole = self.backend, self._whole
+        align_draws(made.graph, made.layout.mesh)
+        return made.train(self.training)
+
     def fingerprint(self) -> str:
         """That of the whole program: the same on every rank, on any mesh."""
         return self.whole.fingerprint()
@@ -78,6 +91,9 @@ class LocalProgram(Program):
 
         What is there afterwards is what `save` of the whole program writes. Whole or not there.
         """
+        if self.layout.mesh.name:
+            found = f"a part whose axes are called {self.layout.mesh.name}_…"
+            raise PassError("local.save", found, "the part that was named")
         from moec.runtime.partitioned import save_part
 
         return save_part(self, self.whole, directory)
@@ -85,12 +101,12 @@ class LocalProgram(Program):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] for this rank's tokens [B, S] (i64); gathered where the vocabulary is split."""
         logits = self.run(tokens)[0]
-        if self._words is None:
+        if self.words is None:
             return logits
-        return torch.ops.moec.gather_vocabulary(logits, sum(self._words.blocks), self._words.axis)
+        return torch.ops.moec.gather_vocabulary(logits, sum(self.words.blocks), self.words.axis)
 
     @functools.cached_property
-    def _words(self) -> Split | None:
+    def words(self) -> Split | None:
         """How the words of the graph's logits lie on the tensor ranks; None: whole on each."""
         return logits_split(self)
 
@@ -161,19 +177,20 @@ class LocalProgram(Program):
         """The positions of the whole job that count, as often as ranks compute each."""
         count = (targets != IGNORED).sum()
         if self.layout.mesh.data > 1:
-            count = c10d.wait_tensor(c10d.all_reduce(count, "sum", DATA))
+            axis = self.layout.mesh.axis(DATA)
+            count = c10d.wait_tensor(c10d.all_reduce(count, "sum", axis))
         return count * self.layout.mesh.tensor
 
     def _logit_words(self, logits: Tensor) -> Words:
-        split = self._words
+        split = self.words
         return Words(logits.shape[-1]) if split is None else Words(sum(split.blocks), split.axis)
 
     def _task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         wide = at_least_float(logits).flatten(0, 1)
-        if self._words is None:
+        if self.words is None:
             losses = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")
         else:
-            words = sum(self._words.blocks), IGNORED, self._words.axis
+            words = sum(self.words.blocks), IGNORED, self.words.axis
             losses = torch.ops.moec.cross_entropy_part(wide, targets.flatten(), *words).sum()
         return losses / self._count(targets)
 

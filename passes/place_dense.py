@@ -77,7 +77,8 @@ def logits_split(program: Program) -> Split | None:
     except MixedError:
         return None
     matrix, _ = matrix_of(program.graph, product)
-    return next((split for split in layout.of(str(matrix.target)).splits if split.axis == TENSOR), None)
+    axis = layout.mesh.axis(TENSOR)
+    return next((split for split in layout.of(str(matrix.target)).splits if split.axis == axis), None)
 
 
 def tensor_weights(layout: Layout) -> set[str]:

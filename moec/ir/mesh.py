@@ -6,6 +6,9 @@ runs fastest, so ranks of one tensor group, and ranks that share one expert, are
 
     rank = d · tensor + t                            rank = (ed · expert + e) · slice + s
 
+A second program on the same ranks (a teacher beside its student) may be arranged otherwise. Its mesh then has
+a name, which stands before those of its axes, `teacher_tensor`, so that the axes of both can be told apart.
+
 Pure arithmetic: no process, no tensor, nothing of torch.
 """
 
@@ -14,8 +17,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+from moec.errors import MeshError
 
 WORLD, DATA, TENSOR = "world", "data", "tensor"
 
@@ -72,13 +77,16 @@ class ExpertAxes:
 class Mesh:
     """`data` × `tensor` ranks, `node` neighbouring ranks to a machine, and how expert layers factor them.
 
-    `layers`: expert layer (`moe_3`) → its axes; each has as many ranks as the world.
+    `layers`: expert layer (`moe_3`) → its axes; each has as many ranks as the world. `name` stands before the
+    names of all axes but the world's. `beside`: other meshes over the same ranks, whose axes are known too.
     """
 
     data: int = 1
     tensor: int = 1
     node: int = 8
     layers: tuple[tuple[str, ExpertAxes], ...] = ()
+    name: str = ""
+    beside: tuple[Mesh, ...] = ()
 
     @property
     def world(self) -> int:
@@ -94,6 +102,28 @@ class Mesh:
         """The distinct factorisations, in order; layers of the same one share their groups."""
         return tuple(dict.fromkeys(axes for _, axes in self.layers))
 
+    def named(self, name: str) -> Mesh:
+        """The same mesh with another name."""
+        return replace(self, name=name)
+
+    def joined(self, other: Mesh) -> Mesh:
+        """This mesh, which knows the axes of `other` too: what both programs are connected by.
+
+        Raises `MeshError` where they are not over as many ranks, or an axis of one name means other ranks.
+        """
+        if other.world != self.world:
+            raise MeshError("mesh", f"{other} beside {self}", "meshes over the same ranks")
+        theirs = other._all_loops
+        for axis, loops in self._all_loops.items():
+            if theirs.get(axis, loops) != loops:
+                found = f"an axis {axis!r} of {self} and another one of {other}"
+                raise MeshError("mesh", found, "axes that can be told apart", 'a name: mesh.named("teacher")')
+        return replace(self, beside=(*self.beside, other))
+
+    def axis(self, axis: str) -> str:
+        """The name that this mesh has for its `axis`: `teacher_data` for `data`."""
+        return f"{self.name}_{axis}" if self.name and axis != WORLD else axis
+
     def axes(self) -> dict[str, int]:
         """Every axis by name, with its number of ranks; those of one rank included."""
         return {axis: math.prod(count for _, count in loops) for axis, loops in self._all_loops.items()}
@@ -107,7 +137,7 @@ class Mesh:
         return math.gcd(axes.expert, held) if self.world > self.node else axes.expert
 
     def coordinate(self, axis: str, rank: int) -> int:
-        """The place of `rank` in its group along `axis`."""
+        """The place of `rank` in its group along `axis` (with the mesh's name or without)."""
         place = 0
         for stride, count in self._loops(axis):
             place = place * count + rank // stride % count
@@ -133,11 +163,17 @@ class Mesh:
         first."""
         known = self._all_loops
         if axis not in known:
+            axis = self.axis(axis)
+        if axis not in known:
             raise KeyError(f"no axis {axis!r}; there are {', '.join(known)}")
         return known[axis]
 
     @cached_property
     def _all_loops(self) -> dict[str, list[tuple[int, int]]]:
+        own = {self.axis(axis): loops for axis, loops in self._own_loops().items()}
+        return own | {axis: loops for other in self.beside for axis, loops in other._all_loops.items()}
+
+    def _own_loops(self) -> dict[str, list[tuple[int, int]]]:
         found = {WORLD: [(1, self.world)], DATA: [(self.tensor, self.data)], TENSOR: [(1, self.tensor)]}
         for axes in self.expert_axes:
             inside, held = self.inside(axes), axes.slice * axes.expert
@@ -152,7 +188,7 @@ class Mesh:
         return found
 
     def to_json(self) -> dict[str, object]:
-        """As plain data; `of_json` reads it back."""
+        """As plain data; `of_json` reads it back. A name is not kept, nor is what stands beside."""
         layers = {name: [axes.data, axes.expert, axes.slice] for name, axes in self.layers}
         return {"data": self.data, "tensor": self.tensor, "node": self.node, "layers": layers}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -112,6 +112,11 @@ class Placement:
                 made[box] = part[local]
         return made
 
+    def named(self, mesh: Mesh) -> Placement:
+        """The same on the axes as `mesh` names them."""
+        splits = tuple(replace(split, axis=mesh.axis(split.axis)) for split in self.splits)
+        return Placement(splits, mesh.axis(self.holders))
+
     def to_json(self) -> dict[str, Any]:
         """As plain data; `of_json` reads it back."""
         splits = [[s.dim, s.axis, s.ranks, list(s.blocks)] for s in self.splits]
@@ -144,6 +149,13 @@ class Layout:
     def of(self, name: str) -> Placement:
         """The placement of the weight with this structural name."""
         return self.placements.get(name, Placement())
+
+    def named(self, name: str) -> Layout:
+        """The same on a mesh of the name `name`."""
+        mesh = self.mesh.named(name)
+        return replace(
+            self, mesh=mesh, placements={key: one.named(mesh) for key, one in self.placements.items()}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `of_json` reads it back."""
