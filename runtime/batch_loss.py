@@ -37,14 +37,15 @@ class BatchLoss:
     hidden: float | None = None
 
     @property
-    def _terms(self) -> list[float]:
-        told = (self.loss, self.task, self.balance, self.z, self.kl, self.hidden)
-        return [term for term in told if term is not None]
+    def terms(self) -> dict[str, float]:
+        """The loss and its terms by name, those that there are."""
+        named = {name: getattr(self, name) for name in TERMS}
+        return {name: term for name, term in named.items() if term is not None}
 
     @property
     def is_finite(self) -> bool:
         """Whether every term is a finite number."""
-        return all(map(math.isfinite, self._terms))
+        return all(map(math.isfinite, self.terms.values()))
 
 
 def compute_loss(

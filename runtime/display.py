@@ -11,7 +11,10 @@ from moec.runtime.records import EvaluationRecord, RecordBook, StepRecord
 
 
 class TrainingDisplay:
-    """Shows loss, balance, tokens per second and the time left, over the steps from `first` to `last`."""
+    """Shows loss, balance, tokens per second and the time left, over the steps from `first` to `last`.
+
+    In a run with a teacher it shows the task loss, how far the student is from the teacher, and the stage.
+    """
 
     def __init__(self, console: Console, first: int, last: int, log_every: int) -> None:
         self._console, self._last, self._log_every = console, last, log_every
@@ -33,9 +36,7 @@ class TrainingDisplay:
 
     def step(self, record: StepRecord) -> None:
         """Move the bar; without a terminal, print a line every `log_every` steps and for the last one."""
-        told = (
-            f"loss {record.loss:.3f}  balance {record.balance:.4f}  {record.tokens_per_second:,.0f} tokens/s"
-        )
+        told = _told(record)
         self._bar.update(self._task, completed=record.step, told=told)
         if not self._console.is_terminal and (
             record.step % self._log_every == 0 or record.step == self._last
@@ -59,3 +60,13 @@ class TrainingDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+def _told(record: StepRecord) -> str:
+    """The numbers of a step in a line."""
+    rest = f"balance {record.balance:.4f}  {record.tokens_per_second:,.0f} tokens/s"
+    if record.stage is None:
+        return f"loss {record.loss:.3f}  {rest}"
+    kl = "" if record.kl is None else f"kl {record.kl:.3f}  "
+    hidden = "" if record.hidden is None else f"hidden {record.hidden:.3f}  "
+    return f"{record.stage}  task {record.task:.3f}  {kl}{hidden}{rest}"

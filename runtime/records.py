@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from moec.runtime.balance import Load
 from moec.runtime.evaluate import Evaluation
@@ -18,7 +18,9 @@ from moec.runtime.evaluate import Evaluation
 class StepRecord:
     """One optimizer step; `step` counts the steps taken. `balance` and `z` are weighted parts of `loss`.
 
-    `kl` and `hidden` are those of a teacher, without their weights; None where none speaks.
+    `kl` and `hidden` are those of a teacher, without their weights `alpha` (times `temperature`²) and that of
+    the plan; None where none speaks. `stage`: "distill" while a teacher speaks and "task" afterwards; None in
+    a run without one.
     """
 
     step: int
@@ -32,6 +34,9 @@ class StepRecord:
     load: Mapping[str, Load]
     kl: float | None = None
     hidden: float | None = None
+    alpha: float | None = None
+    temperature: float | None = None
+    stage: Literal["distill", "task"] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ def _scalars(row: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
     scalars = [(f"{prefix}/{name}", value) for name, value in row.items() if isinstance(value, float)]
     for layer, load in row["load"].items():
         scalars += [(f"{prefix}/{layer}/{name}", value) for name, value in load.items()]
+    if "stage" in row:  # drawn as a line: one while the teacher speaks
+        scalars.append((f"{prefix}/stage", float(row["stage"] == "distill")))
     return scalars
 
 

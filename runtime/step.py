@@ -69,7 +69,8 @@ class OptimizerStep:
                 first += len(part[0])
         loss = total.mean(self.ranks)
         if not loss.is_finite:
-            found = f"{loss.loss} (task {loss.task}, balance {loss.balance}, z {loss.z})"
+            told = ", ".join(f"{name} {term}" for name, term in loss.terms.items() if name != "loss")
+            found = f"{loss.loss} ({told})"
             raise TrainError("loss", found, "a finite number", "a lower lr, or a longer warmup")
         return loss
 

@@ -32,11 +32,13 @@ from moec.runtime.balance import loads_of
 from moec.runtime.checkpoint import latest_checkpoint, read_manifest, require_whole_files, save_checkpoint
 from moec.runtime.data import TextData
 from moec.runtime.display import TrainingDisplay
+from moec.runtime.distillation.stages import Ending
 from moec.runtime.distillation.teaching import Teaching
 from moec.runtime.evaluate import Evaluation, evaluate
 from moec.runtime.interrupt import Interrupt
 from moec.runtime.records import EvaluationRecord, NoRecords, RecordBook, StepRecord
 from moec.runtime.rng import borrowed_rng, seed_of
+from moec.runtime.same_run import require_same_run
 from moec.runtime.schedule import learning_rate
 from moec.runtime.snapshot import restore_random, restore_snapshot, take_snapshot
 from moec.runtime.step import Lessons, OptimizerStep
@@ -48,7 +50,8 @@ class TrainResult:
     """What a run did: a record of every step it took and of every evaluation, oldest first.
 
     `step` counts all steps taken, those before a resumption included; `interrupted` says that Ctrl-C or
-    SIGTERM ended the run; `checkpoint` is the last one written.
+    SIGTERM ended the run; `checkpoint` is the last one written; `silent` says when and why a teacher fell
+    silent, None where it spoke to the end.
     """
 
     step: int = 0
@@ -56,6 +59,7 @@ class TrainResult:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     interrupted: bool = False
     checkpoint: Path | None = None
+    silent: Ending | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,6 +94,9 @@ class Trainer:
         if settings.sequence != data.sequence:
             found = f"sequence = {settings.sequence}, and data cut into {data.sequence}"
             raise TrainError("settings", found, f"load_text(…, sequence={settings.sequence})")
+        if teaching is not None and teaching.steps != settings.steps:
+            found = f"a Teaching for {teaching.steps} steps, and steps = {settings.steps}"
+            raise TrainError("teaching", found, f"Teaching(…, steps={settings.steps})")
         self.program, self.settings, self.data = program, settings, data
         self._stepper = OptimizerStep(program, settings)
         self._ranks = self._stepper.ranks
@@ -129,16 +136,19 @@ class Trainer:
 
     def _train(self, last: int, interrupt: Interrupt, book: RecordBook, display: TrainingDisplay) -> None:
         result = self._result
+        self._end_teaching(display)
         while result.step < last and not self._ranks.any(interrupt.requested):
             record = self._step()
             result.history.append(record)
             display.step(record)
             if self._is_due(self.settings.log_every) or result.step == last:
                 book.write(record)
-            if self._is_due(self.settings.save_every) or result.step == last:
-                self._save(book)
+            # Evaluated first: a checkpoint holds what the evaluation of its step meant for the teacher.
             if self._is_due(self.settings.eval_every) or result.step == last:
                 self._evaluate(book, display)
+            if self._is_due(self.settings.save_every) or result.step == last:
+                self._save(book)
+            self._end_teaching(display)
         result.interrupted = result.step < last
         if result.interrupted:
             self._save(book)
@@ -155,9 +165,9 @@ class Trainer:
         began = time.perf_counter()
         settings, result = self.settings, self._result
         batch = self.data.train_batch(settings.seed, self._position, settings.batch)
-        rate = learning_rate(result.step, settings)
+        rate, lessons = learning_rate(result.step, settings), self._lessons()
         try:
-            loss, norm = self._stepper.take(batch, rate, self._lessons())
+            loss, norm = self._stepper.take(batch, rate, lessons)
         except TrainError as error:
             raise self._with_last_good(error) from error
         result.step += 1
@@ -175,7 +185,16 @@ class Trainer:
             load=loads_of(loss.counts, self.program.moe_settings(), num_tokens),
             kl=loss.kl,
             hidden=loss.hidden,
+            **self._stage(taught=lessons is not None),
         )
+
+    def _stage(self, taught: bool) -> dict[str, Any]:
+        """What the record of a step says of the teacher."""
+        if self.teaching is None:
+            return {}
+        distill = self.teaching.distill
+        weights = {"alpha": distill.alpha, "temperature": distill.temperature} if taught else {}
+        return {"stage": "distill" if taught else "task", **weights}
 
     def _lessons(self) -> Lessons | None:
         """What asks the teacher, while it speaks."""
@@ -189,10 +208,26 @@ class Trainer:
         evaluation = evaluate(self.program, self.data, settings, batches=settings.eval_batches)
         record = EvaluationRecord(self._result.step, evaluation)
         self._result.evaluations.append(record)
-        if self.teaching is not None:
+        if self.teaching is not None and self._is_due(settings.eval_every):  # not where a call of `run` ends
             self.teaching.stages.observe(record.step, evaluation.loss)
         book.write(record)
         display.evaluation(record)
+
+    def _begin_teaching(self, step: int, stages: Mapping[str, Any] | None = None) -> None:
+        """Open the teacher, if it has a say in the steps after `step`."""
+        if self.teaching is not None:
+            with borrowed_rng(self._ranks.device):
+                self.teaching.begin(self.program, step, stages)
+
+    def _end_teaching(self, display: TrainingDisplay) -> None:
+        """Let the teacher go once it has said its last, and say so."""
+        result = self._result
+        if self.teaching is None or result.silent is not None:
+            return
+        result.silent = self.teaching.ending(result.step)
+        if result.silent is not None:
+            at = result.silent
+            display.note(f"the teacher is silent after step {at.step} ({at.why}): the task loss alone")
 
     def _fresh(self) -> TrainResult:
         with self._ranks.together():
@@ -200,6 +235,7 @@ class Trainer:
             if latest is not None:
                 found = f"checkpoints of another run, up to {latest.name}"
                 raise TrainError(str(self.out_dir), found, "an empty folder, or resume=True")
+        self._begin_teaching(0)
         self._seed_draws()
         self._position, self._saved_step = 0, -1
         return TrainResult()
@@ -215,15 +251,15 @@ class Trainer:
         self._ranks.require_alike({"checkpoint": f"{latest} ({manifest['digest']})"})
         require_whole_files(latest, manifest, self._ranks)
         with self._ranks.together():
-            self._require_same_run(latest, record)
+            require_same_run(str(latest), record, self._identity())
+        self._begin_teaching(step, record.get("stages"))
+        with self._ranks.together():
             restore_snapshot(latest, self.program, self._stepper.optimizer, self._stepper.holding)
             if record.get("mesh") == self._mesh():
                 restore_random(latest, self._stepper.holding)
             else:
                 self._seed_draws(step)
         self._position, self._saved_step = record["position"], step
-        if self.teaching is not None:
-            self.teaching.restore(record["stages"])
         return TrainResult(step=step, checkpoint=latest)
 
     def _seed_draws(self, step: int = 0) -> None:
@@ -247,7 +283,7 @@ class Trainer:
         self._saved_step = result.step
 
     def _identity(self) -> dict[str, Any]:
-        """What has to be the same for a resumed run to be the same run; see `_require_same_run`."""
+        """What has to be the same for a resumed run to be the same run; see `require_same_run`."""
         settings = self.program.moe_settings()
         return {
             "program": self.program.fingerprint(),
@@ -271,16 +307,6 @@ class Trainer:
             "vocabulary": self.data.vocabulary.name,
             "torch": torch.__version__,
         }
-
-    def _require_same_run(self, path: Path, record: Mapping[str, Any]) -> None:
-        """A run may move to another mesh, where the fingerprint of the program is another too."""
-        moved = record.get("mesh") != self._mesh()
-        for name, value in self._identity().items():
-            saved = record.get(name, value)
-            if saved != value and not (moved and name in ("program", "mesh")):
-                raise ArtifactError(
-                    f"{path} ({name})", f"{name} {saved}", f"{name} {value}, that of this run"
-                )
 
     def _with_last_good(self, error: TrainError) -> TrainError:
         saved = self._result.checkpoint

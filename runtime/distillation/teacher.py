@@ -8,6 +8,7 @@ import torch
 
 from moec.plan import Distill
 from moec.runtime.data import Batch
+from moec.runtime.distillation.identity import identity_of
 from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.ranks import Ranks, ranks_of
 from moec.runtime.rng import borrowed_rng
@@ -39,8 +40,8 @@ class LiveTeacher:
         self.ranks = ranks_of(program) if ranks is None else ranks
 
     def identity(self) -> dict[str, Any]:
-        """The program's structure and its weights."""
-        return {"program": self.program.fingerprint()}
+        """The program's structure and a digest of its weights; every rank calls it."""
+        return identity_of(self.program, self.ranks)
 
     def lesson(self, batch: Batch, position: int) -> Lesson:
         """See `Teacher`."""

@@ -2,32 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from moec.errors import TrainError
 from moec.plan import Distill
 from moec.runtime.data import Batch
 from moec.runtime.distillation.lesson import Lesson
-from moec.runtime.distillation.stages import Stages
-from moec.runtime.distillation.teacher import Teacher
+from moec.runtime.distillation.stages import Ending, Stages
+from moec.runtime.distillation.teacher import LiveTeacher, Teacher
+from moec.runtime.trainable import Trainable
+
+
+@dataclass(frozen=True)
+class LateTeacher:
+    """A teacher that is opened when a run begins in which it has a say: `open()`, on every rank.
+
+    `known` is its identity (see `identity_of_saved`). A run that goes on after it fell silent never opens it.
+    What `open` is made of should not hold the teacher, or its memory stays taken.
+    """
+
+    open: Callable[[], Teacher]
+    known: Mapping[str, Any]
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for a resumed run to be the same run."""
+        return dict(self.known)
 
 
 class Teaching:
     """`teacher` in a run of `steps` steps; `distill` says for how long it speaks, and how much it counts.
 
-    Hand it to a `Trainer`. After the last stage the teacher is neither run nor held any more.
+    Hand it to a `Trainer`. After the last stage the teacher is neither run nor held any more: its memory is
+    free where nobody else holds it. Raises `PlanError` where the stages do not fit the run.
     """
 
-    def __init__(self, teacher: Teacher, distill: Distill, steps: int) -> None:
-        self.distill, self.stages = distill, Stages(distill, steps)
-        self._teacher: Teacher | None = teacher
+    def __init__(self, teacher: Teacher | LateTeacher, distill: Distill, steps: int) -> None:
+        self.distill, self.steps = distill, steps
+        self.stages = Stages(distill, steps)
+        self._given: Teacher | LateTeacher | None = teacher
+        self._teacher: Teacher | None = None
         self._identity = teacher.identity()
 
+    def begin(self, student: Trainable, step: int, record: Mapping[str, Any] | None = None) -> None:
+        """Get ready for the steps after `step`: those of a new run, or of one that kept `record`.
+
+        Opens the teacher if it has a say in them. Raises `TrainError` for a teacher that was let go, and for
+        one that has weights of the student's.
+        """
+        self.stages = Stages(self.distill, self.steps)
+        if record is not None:
+            self.stages.restore(record, step)
+        if not self.speaks(step):
+            self.let_go()
+            return
+        if self._given is None:
+            found = "a teacher that fell silent in an earlier run, and was let go"
+            raise TrainError("teacher", found, "a new Teaching, for steps that it has a say in")
+        self._teacher = self._given.open() if isinstance(self._given, LateTeacher) else self._given
+        if isinstance(self._teacher, LiveTeacher):
+            _require_apart(self._teacher.program, student)
+
     def speaks(self, step: int) -> bool:
-        """Whether the teacher speaks in the step after `step` steps were taken; lets it go where not."""
-        if not self.stages.teaches(step):
-            self._teacher = None
-        return self._teacher is not None
+        """Whether the teacher speaks in the step after `step` steps were taken."""
+        return self.stages.teaches(step)
+
+    def ending(self, step: int) -> Ending | None:
+        """How it came that the teacher is silent after `step` steps; it is let go then. None while it
+        speaks, and where it speaks to the end of the run."""
+        ending = self.stages.ending(step)
+        if ending is not None and self._teacher is not None:
+            self.let_go()
+        return ending
+
+    def let_go(self) -> None:
+        """Hold the teacher no longer."""
+        self._teacher = None
+        if not isinstance(self._given, LateTeacher):
+            self._given = None
+        gc.collect()  # a graph of modules is a ring of references: its memory is wanted now
 
     def lesson(self, batch: Batch, position: int) -> Lesson:
         """What the teacher says of this part of the job's batch."""
@@ -42,6 +97,13 @@ class Teaching:
         """What a checkpoint keeps."""
         return self.stages.record()
 
-    def restore(self, record: Mapping[str, Any]) -> None:
-        """Go on from a record of an earlier run."""
-        self.stages.restore(record)
+
+def _require_apart(teacher: Trainable, student: Trainable) -> None:
+    """Training moves the student's weights; a teacher that has them would move along."""
+    moved = {**dict(student.named_parameters()), **student.moe_biases()}
+    owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in moved.items()}
+    for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
+        place = tensor.untyped_storage().data_ptr()
+        if place and place in owners:
+            found = f"its {name} is the student's {owners[place]}, which training moves"
+            raise TrainError("teacher", found, "a teacher with weights of its own", "copy.deepcopy(program)")
