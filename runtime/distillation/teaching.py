@@ -62,8 +62,9 @@ class Teaching:
             found = "a teacher that fell silent in an earlier run, and was let go"
             raise TrainError("teacher", found, "a new Teaching, for steps that it has a say in")
         self._teacher = self._given.open() if isinstance(self._given, LateTeacher) else self._given
-        if isinstance(self._teacher, LiveTeacher):
-            _require_apart(self._teacher.program, student)
+        speaker = getattr(self._teacher, "teacher", self._teacher)  # behind one that hands lessons over
+        if isinstance(speaker, LiveTeacher):
+            _require_apart(speaker.program, student)
 
     def speaks(self, step: int) -> bool:
         """Whether the teacher speaks in the step after `step` steps were taken."""

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from moec.plan import LayerSettings, Train
 from moec.runtime.data import TextData, load_text
+from moec.runtime.distillation.lesson import Lesson
+from moec.runtime.distillation.losses import Words, kl_loss, weighted
 from moec.runtime.trainable import LossTerms
 
 LAYER = "moe_0"
@@ -47,9 +49,13 @@ class TinyProgram(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self._run(tokens)[0]
 
+    def run(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._run(tokens)[0], {}
+
     def loss_terms(
-        self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None
-    ) -> LossTerms:
+        self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None,
+        *, lesson: Lesson | None = None,
+    ) -> LossTerms:  # fmt: skip
         assert targets is not None
         assert mask is None
         logits, affinity_TE, experts_TK = self._run(tokens)
@@ -58,9 +64,14 @@ class TinyProgram(nn.Module):
         task = F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten())
         balance = self.settings.balance_loss * len(share_E) * (affinity_TE.mean(0) * share_E).sum()
         zero = task.new_zeros(())
-        return {
+        found: LossTerms = {
             "loss": task + balance, "task": task, "balance": balance, "z": zero, "counts": {LAYER: counts_E}
         }  # fmt: skip
+        if lesson is not None:
+            everywhere = torch.ones_like(targets, dtype=torch.bool)
+            kl = kl_loss(logits, lesson, everywhere, everywhere.sum(), Words(logits.shape[-1]))
+            found |= {"loss": found["loss"] + weighted(lesson, kl, None), "kl": kl}
+        return found
 
     def _run(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = F.embedding(tokens, self.embedding)
