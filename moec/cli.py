@@ -48,7 +48,10 @@ Disable = Annotated[
     list[str] | None, typer.Option("--disable", metavar="PASS", help="Leave a pass out; may be repeated.")
 ]
 Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json; left out: bytes.")
+    str | None,
+    typer.Option(
+        "--tokenizer", metavar="FILE", help="A tokenizer.json; left out: that of the saved program, or bytes."
+    ),
 ]
 
 
@@ -213,7 +216,7 @@ def train(
 
     moec train examples/gpt.py:small --plan pr_moe --data corpus/ --steps 500 --out run
     """
-    from moec.commands.learn import Run
+    from moec.commands.asked import Run
     from moec.commands.ranks import train_anywhere
 
     given = {"steps": steps, "batch": batch, "sequence": sequence, "lr": lr, "seed": seed}

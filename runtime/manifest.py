@@ -57,6 +57,13 @@ class RegionRecord(_Record):
     settings: dict[str, Any]
 
 
+class TokenizerRecord(_Record):
+    """What `moec.ir.Tokenizer` knows of a tokenizer."""
+
+    name: str
+    digest: str
+
+
 class SourceRecord(_Record):
     """What `moec.ir.Source` knows of the dense model; `unused` names the tensors of its idle state."""
 
@@ -67,6 +74,7 @@ class SourceRecord(_Record):
     aliases: dict[str, str]
     unused: dict[str, str]
     notes: list[str]
+    tokenizer: TokenizerRecord | None = None
 
 
 class PartGroup(_Record):

@@ -13,10 +13,19 @@ from moec.errors import ArtifactError
 from moec.ir.ledger import Entry, Ledger
 from moec.ir.mesh import Mesh
 from moec.ir.placement import Layout
-from moec.ir.program import Program, Source
+from moec.ir.program import Program, Source, Tokenizer
 from moec.ir.region import Region, region_of, regions
 
-from .manifest import NAME, REBUILD, Manifest, PartitionRecord, RegionRecord, Sheet, SourceRecord
+from .manifest import (
+    NAME,
+    REBUILD,
+    Manifest,
+    PartitionRecord,
+    RegionRecord,
+    Sheet,
+    SourceRecord,
+    TokenizerRecord,
+)
 from .weights import dtype_name, dtype_named, weights_of
 
 
@@ -32,19 +41,23 @@ def unused_tensors(source: Source) -> dict[str, Tensor]:
 
 def source_record(source: Source) -> SourceRecord:
     """What is known of the source model, without its tensors."""
+    words = source.tokenizer
     return SourceRecord(
         name=source.name, vocabulary=source.vocabulary, dtype=dtype_name(source.dtype),
         max_positions=source.max_positions, aliases=dict(source.aliases),
         unused={name: unused_key(name) for name in source.unused}, notes=list(source.notes),
+        tokenizer=None if words is None else TokenizerRecord(name=words.name, digest=words.digest),
     )  # fmt: skip
 
 
 def source_of(record: SourceRecord, tensors: Mapping[str, Tensor] | None) -> Source:
     """The inverse of `source_record`; without `tensors` the idle state is missing."""
     unused = {name: tensors[key] for name, key in record.unused.items()} if tensors is not None else {}
+    words = record.tokenizer
     return Source(
         name=record.name, vocabulary=record.vocabulary, dtype=dtype_named(record.dtype),
         max_positions=record.max_positions, aliases=record.aliases, unused=unused, notes=tuple(record.notes),
+        tokenizer=None if words is None else Tokenizer(words.name, words.digest),
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ is the vocabulary's own business.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +29,11 @@ class Vocabulary(Protocol):
     @property
     def name(self) -> str:
         """A short name for messages and checkpoints."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Equal for two vocabularies that make the same tokens of a text."""
         ...
 
     @property
@@ -56,6 +63,7 @@ class ByteVocabulary:
     """The 256 byte values. NUL, which no text holds, separates two texts."""
 
     name = "bytes"
+    digest = "bytes"
     size = 256
     separator: int | None = 0
 
@@ -84,6 +92,7 @@ class TokenizerVocabulary:
     def __init__(self, path: str | Path) -> None:
         self.name = str(path)
         self._tokenizer = _read_tokenizer(Path(path))
+        self.digest = _digest(Path(path))
         self.size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         known = (self._tokenizer.token_to_id(text) for text in SEPARATORS)
         self.separator: int | None = next((token for token in known if token is not None), None)
@@ -104,6 +113,12 @@ class TokenizerVocabulary:
     def stream(self, prompt: Sequence[int] = ()) -> TokenizerStream:
         """Text as soon as it is complete; how a token reads may depend on the prompt's last ones."""
         return TokenizerStream(self._tokenizer, prompt)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of what the file says, however it is laid out and whatever wrote it."""
+    said = json.dumps(json.loads(path.read_text(encoding="utf-8")), sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _read_tokenizer(path: Path) -> Any:

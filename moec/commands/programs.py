@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import moec
@@ -46,10 +47,17 @@ def program_of(
         raise PlanError(
             "--plan", f"a plan for {name}, which is a saved program", "a model, or no plan: it has one"
         )
-    try:
+    with in_words_of_the_door():
         return moec.load(name, trust=trust)
+
+
+@contextmanager
+def in_words_of_the_door() -> Iterator[None]:
+    """Errors of saved programs say the same thing as it is typed here."""
+    try:
+        yield
     except ArtifactError as error:
-        better = error.nearest.replace("trust=True", "--trust")  # the same thing in the words of this door
+        better = error.nearest.replace("trust=True", "--trust")
         raise ArtifactError(error.where, error.found, error.needed, better) from error
 
 

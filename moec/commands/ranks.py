@@ -14,17 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moec.commands.asked import Run, require_right_folder, training_settings
 from moec.commands.job import RankOfJob, place_in_job
-from moec.commands.learn import (
-    Run,
-    finish,
-    require_right_folder,
-    require_room,
-    train,
-    training_settings,
-    words,
-)
+from moec.commands.learn import finish, require_room, train, warn_of_no_teacher
 from moec.commands.programs import part_of
+from moec.commands.tokenizer import open_tokenizer, record_tokenizer
 from moec.errors import PlanError
 from moec.ir.mesh import Mesh
 from moec.local_program import LocalProgram
@@ -51,7 +45,7 @@ def _train_on_ranks(run: Run, nproc: int) -> int:
     _refuse_early(run, nproc)
     console = Console(stderr=True)
     return launch(
-        ["-m", "moec", *words(replace(run, nproc=None, max_restarts=0))],
+        ["-m", "moec", *replace(run, nproc=None, max_restarts=0).words()],
         nproc,
         max_restarts=run.max_restarts,
         tell=lambda line: console.print(line, highlight=False, soft_wrap=True),
@@ -108,15 +102,17 @@ class _TrainingRank(RankOfJob):
     def _learn(self, local: LocalProgram, settings: Train, resume: bool) -> TrainResult:
         run, mesh = self.asked, local.layout.mesh
         limit = local.plan.parallel.timeout if local.plan else Plan().parallel.timeout
-        data = load_text(*run.data, sequence=settings.sequence, vocabulary=run.tokenizer or "bytes")
+        words = open_tokenizer(run.tokenizer, local.source.tokenizer)
+        data = load_text(*run.data, sequence=settings.sequence, vocabulary=words)
         eager = local.backend in ("eager", "fused")
         with self.watched(mesh, limit), self.followed(local.executed, eager):
             agree("settings", str(settings))
-            trainer = Trainer(
-                local, settings, data, run.out, plan=local.plan, console=Console(stderr=run.as_json)
-            )
+            console = Console(stderr=run.as_json)
+            warn_of_no_teacher(run, local.plan, console)
+            trainer = Trainer(local, settings, data, run.out, plan=local.plan, console=console)
             self.trail.step = lambda: trainer.step + 1
             result = trainer.run(resume=resume)
             if not result.interrupted:
-                local.eval().save(Path(run.out) / "program")
+                record_tokenizer(local, words)
+                local.eval().save(run.program)
             return result

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from itertools import chain
 
 from moec.commands.programs import program_of
+from moec.commands.tokenizer import known_tokenizer, open_tokenizer
 from moec.errors import DataError
 from moec.program import Program
 from moec.runtime.generation.generate import Generation
 from moec.runtime.generation.request import Options
 from moec.runtime.generation.text_stream import TextStream
-from moec.runtime.vocabulary import Vocabulary, open_vocabulary
+from moec.runtime.vocabulary import Vocabulary
 
 USUAL = 200  # new tokens, where the command line does not say and the program has room
 
@@ -59,7 +60,7 @@ def opening_of(asked: Writing, prompt: bytes) -> Opening:
     """Read the prompt, and refuse what needs no program to be refused."""
     if "" in asked.stop:
         raise DataError("--stop", "an empty text", "at least one character")
-    words = open_vocabulary(asked.tokenizer or "bytes")
+    words = open_tokenizer(asked.tokenizer, known_tokenizer(asked.model, trust=asked.trust))
     tokens = [int(token) for token in words.encode(prompt, "--prompt")]
     if not tokens:
         raise DataError("--prompt", "an empty prompt", "at least one character")

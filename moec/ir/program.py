@@ -27,12 +27,22 @@ from .text import program_text
 
 
 @dataclass(frozen=True)
+class Tokenizer:
+    """Which tokenizer made the tokens that a program was trained on: its name (`bytes`, or a path as it was
+    given) and a digest of what it does."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class Source:
     """What is known of the model a program was captured from.
 
     `vocabulary`: size of the last dim of the logits. `max_positions`: longest sequence, None when unbounded.
     `aliases`: tied parameters, other name → the name kept. `unused`: state of the model that its forward
-    never reads, kept so that a dense state dict is complete. `notes`: remarks of the capture.
+    never reads, kept so that a dense state dict is complete. `notes`: remarks of the capture. `tokenizer`:
+    that of the text it was trained on, None where nothing is known of it.
     """
 
     name: str
@@ -42,6 +52,7 @@ class Source:
     aliases: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tokenizer: Tokenizer | None = None
 
 
 class Program(nn.Module):

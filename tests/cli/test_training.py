@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import moec
-from moec.commands.learn import training_settings
+from moec.commands.asked import training_settings
 from moec.errors import PlanError
 from moec.plan import Train
 from tests.cli.conftest import GPT, Moec, run_moec
