@@ -69,4 +69,4 @@ def _told(record: StepRecord) -> str:
         return f"loss {record.loss:.3f}  {rest}"
     kl = "" if record.kl is None else f"kl {record.kl:.3f}  "
     hidden = "" if record.hidden is None else f"hidden {record.hidden:.3f}  "
-    return f"{record.stage}  task {record.task:.3f}  {kl}{hidden}{rest}"
+    return f"stage {record.stage}  task {record.task:.3f}  {kl}{hidden}{rest}"
