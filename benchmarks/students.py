@@ -51,6 +51,7 @@ SPARSE: Mapping[str, Mapping[str, Any]] = {
     "MoE 8": {"moe": MOE},
     "MoE 32": {"moe": MOE | {"experts": 32}},
     TEACHER: {"moe": MOE | PYRAMID},
+    f"{TEACHER}, summed": {"moe": MOE | PYRAMID | {"residual": "sum"}},
     "MoE 8, first half": {"moe": MOE | {"layers": [1, 3]}},
     "MoE 8, second half": {"moe": MOE | {"layers": [5, 7]}},
 }
