@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moec import ir
 from moec.errors import PassError
 from moec.ir import regions
 from moec.ir.hollow import hollow
@@ -64,11 +65,7 @@ class LocalProgram(Program):
 
     def fused(self, verify: str = "auto") -> LocalProgram:
         """As of `Program`; not checked here, since a rank runs with the others."""
-        made = super().fused(verify)
-        assert isinstance(made, LocalProgram)
-        made._whole = self._whole
-        align_draws(made.graph, self.layout.mesh)
-        return made
+        return self._completed(super().fused(verify))
 
     def named(self, name: str) -> LocalProgram:
         """The same part, over the same weights, whose axes go by `name`: `teacher_tensor`, …
@@ -81,6 +78,16 @@ class LocalProgram(Program):
         made.backend, made._whole = self.backend, self._whole
         align_draws(made.graph, made.layout.mesh)
         return made.train(self.training)
+
+    def _made_like_this(self, made: ir.Program) -> LocalProgram:
+        return self._completed(super()._made_like_this(made))
+
+    def _completed(self, made: Program) -> LocalProgram:
+        """What passes made of this one, with what they do not carry along."""
+        assert isinstance(made, LocalProgram)
+        made._whole = self._whole
+        align_draws(made.graph, self.layout.mesh)
+        return made
 
     def fingerprint(self) -> str:
         """That of the whole program: the same on every rank, on any mesh."""

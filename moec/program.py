@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from moec import ir
-from moec.errors import DataError
+from moec.errors import DataError, PassError
 from moec.ir import region_of, regions
+from moec.ir.results import tapped_layers
 from moec.ir.retarget import on_device
-from moec.plan import LayerSettings
+from moec.plan import LayerSettings, Plan
 from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.distillation.losses import Words, hidden_loss, kl_loss, weighted
 from moec.runtime.trainable import LossTerms
@@ -40,6 +41,7 @@ class Program(ir.Program):
     backend: str = "eager"
     _compiled: Callable[[Tensor], Any] | None = None
     _fused: tuple[Program, ...] = ()  # in a tuple: no child of this module
+    _tapped: tuple[Program, ...] = ()
     _decoders: list[Decoder] | None = None
 
     @classmethod
@@ -83,6 +85,35 @@ class Program(ir.Program):
         assert isinstance(made, Program)
         return made.train(self.training)
 
+    def tapped(self, layers: Iterable[int], verify: str = "auto") -> Program:
+        """The same program, whose terms hold `"hidden"` too: by layer, what leaves it, x [B, S, D].
+
+        It shares the weights, is kept for the next call, runs by the same backend (compiled or fused for
+        itself) and cannot be saved. Raises `PassError` for a layer that is not there, and where the residual
+        stream cannot be cut. `verify`: as of `moec.compile`.
+        """
+        from moec.passes.runner import Runner
+        from moec.passes.tap_hidden import TapHidden
+
+        wanted = tuple(sorted(set(layers)))
+        made = next((one for one in self.taps if tapped_layers(one.graph) == wanted), None)
+        if made is None:
+            forked = Runner(verify=verify).run(self.fork(), [TapHidden(wanted)])
+            made = self._made_like_this(forked)
+            self._tapped = (*self._tapped, made)
+        return made if made.training == self.training else made.train(self.training)
+
+    @property
+    def taps(self) -> tuple[Program, ...]:
+        """The tapped programs over these weights that were made so far; itself where it is one."""
+        return (self, *self._tapped) if tapped_layers(self.graph) else self._tapped
+
+    def _made_like_this(self, made: ir.Program) -> Program:
+        """A program that passes made of this one, with what passes know nothing of."""
+        assert isinstance(made, Program)
+        made.backend = self.backend
+        return made
+
     def loss(self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The training loss: next-token cross-entropy plus the plan's balance and z terms; fp32 scalar.
 
@@ -103,9 +134,11 @@ class Program(ir.Program):
         `counts`.
 
         With a `lesson`, what a teacher says of the tokens, the loss has its terms too, and `kl` and `hidden`
-        say how far the student is from it, at the positions that count.
+        say how far the student is from it, at the positions that count. Where it speaks of hidden states, the
+        program runs `tapped`.
         """
-        logits, terms = self.run(tokens)
+        running = self if lesson is None or not lesson.hidden else self.tapped(lesson.hidden)
+        logits, terms = running.run(tokens)
         targets = self._targets(tokens, targets, mask)
         task = self._task_loss(logits, targets)
         found: LossTerms = {"loss": task, "task": task}
@@ -174,12 +207,12 @@ class Program(ir.Program):
         try:
             return super().load_state_dict(*args, **options)
         finally:
-            self._fused = ()
+            self._fused, self._tapped = (), ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to()`, `.cuda()`, …: device constants in the graph follow the weights."""
         super()._apply(fn, recurse)
-        self._fused = ()  # weights may be other tensors now
+        self._fused, self._tapped = (), ()  # weights may be other tensors now
         self._decoders = None  # their tables stayed where they were
         some = next(self.parameters(), None)
         if some is not None:
@@ -251,8 +284,31 @@ class Program(ir.Program):
         """
         from moec.runtime.artifact import save_program
 
+        if tapped_layers(self.graph):
+            raise PassError("program.save", "a program that gives hidden states", "the one it was made from")
         local = None if self.layout is None else self.partition(0)
         return save_program(self, directory, local=local)
+
+    def student(
+        self,
+        plan: str | Path | Plan | Mapping[str, Any] | None = None,
+        *,
+        tokens: Tensor | None = None,
+        depth: int | None = None,
+        keep: Sequence[int] | None = None,
+        verify: str = "auto",
+    ) -> Program:
+        """A program with fewer of this one's layers, over copies of its weights; this one stays as it is.
+
+        `plan`: as of `moec.compile`; its `[student]` says which layers stay (default: this program's plan),
+        or `depth` or `keep` does. `tokens` i64 [B, S]: text that importance is measured on. A dense program
+        gets the experts of the plan's `[moe]` afterwards; one that has experts keeps them. The text of this
+        program is the stage `teacher` of the other: `student.diff("teacher")`. Raises `PlanError` for layers
+        that are not there, and `PassError` where layers cannot be told apart or this program is placed.
+        """
+        from moec.students import student_of
+
+        return student_of(self, plan, tokens=tokens, depth=depth, keep=keep, verify=verify)
 
     def partition(self, rank: int) -> LocalProgram:
         """The program of one rank: its parts of the weights (copies), its communication in the graph.

@@ -46,9 +46,13 @@ def _regions(program: Trainable) -> list[fx.GraphModule]:
     backend = getattr(program, "backend", "eager")
     if backend not in ("eager", "fused"):
         raise TrainError("train.recompute", f"backend = '{backend}'", "backend = 'eager' or 'fused'")
-    graph = getattr(program, "executed", getattr(program, "graph", None))
-    inside = [regions(graph, kind) for kind in KINDS] if isinstance(graph, fx.GraphModule) else []
-    found = [region for named in inside for region in named.values()]
+    found = [region for one in (program, *getattr(program, "taps", ())) for region in _inside(one)]
     if not found:
         raise TrainError("train.recompute", "a program without regions", "one that moec.compile made")
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _inside(program: object) -> list[fx.GraphModule]:
+    graph = getattr(program, "executed", getattr(program, "graph", None))
+    inside = [regions(graph, kind) for kind in KINDS] if isinstance(graph, fx.GraphModule) else []
+    return [region for named in inside for region in named.values()]

@@ -80,7 +80,7 @@ class Spelling:
         if isinstance(value, list):
             return f"[{', '.join(map(self.value, value))}]"
         if isinstance(value, dict):
-            items = (f"{_quoted(str(key))}: {self.value(item)}" for key, item in value.items())
+            items = (f"{_key(key)}: {self.value(item)}" for key, item in value.items())
             return "{" + ", ".join(items) + "}"
         return self._constant(value)
 
@@ -234,6 +234,11 @@ def _is_option(overload: OpOverload, declared: Any) -> bool:
     if "Tensor" in str(declared.real_type):
         return False
     return bool(declared.has_default_value()) or overload.namespace != "aten"
+
+
+def _key(key: str | int) -> str:
+    """A key of a dict: a name, or the number of a layer."""
+    return repr(key) if type(key) is int else _quoted(str(key))
 
 
 def _quoted(text: str) -> str:
