@@ -13,7 +13,7 @@ from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from moec.ir.placement import Layout, Placement
+from moec.ir.placement import Layout, Placement, Split
 from moec.plan import LayerSettings
 from moec.runtime.distillation.lesson import Lesson
 
@@ -102,6 +102,11 @@ class LocalTrainable(Protocol):
 
     rank: int
     layout: Layout
+
+    @property
+    def words(self) -> Split | None:
+        """How the words of the logits that `run` gives are dealt out to ranks; None: whole on each."""
+        ...
 
     def placements(self) -> Mapping[str, Placement]:
         """Where each parameter lies, by the names of `named_parameters`; one that is missing is whole."""

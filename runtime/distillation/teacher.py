@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from moec.plan import Distill
 from moec.runtime.data import Batch
@@ -12,7 +13,7 @@ from moec.runtime.distillation.identity import identity_of
 from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.ranks import Ranks, ranks_of
 from moec.runtime.rng import borrowed_rng
-from moec.runtime.trainable import Trainable, in_mode
+from moec.runtime.trainable import LocalTrainable, Trainable, in_mode
 
 
 class Teacher(Protocol):
@@ -32,7 +33,9 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A program that is run: in eval mode, without gradients, leaving the random state alone.
 
-    It lies on ranks as the student does.
+    Its lessons lie on `ranks` as its logits do: those of the job that it is a part of, or those given, each
+    of which holds the whole program and reads its stretch of a batch (expert capacity is then that of these
+    tokens alone). Where the student's lie otherwise, see `handover.as_read_by`.
     """
 
     def __init__(self, program: Trainable, distill: Distill, ranks: Ranks | None = None) -> None:
@@ -53,5 +56,11 @@ class LiveTeacher:
             borrowed_rng(self.ranks.device),
             torch.autocast(tokens.device.type, torch.bfloat16, enabled=narrow),
         ):
-            logits = self.program.run(tokens)[0]
+            logits = self.program.run(self._readable(tokens))[0][: len(tokens)]
         return Lesson(logits, self.distill)
+
+    def _readable(self, tokens: Tensor) -> Tensor:
+        """A program that is whole reads one sequence at least; a rank may have none."""
+        if len(tokens) or isinstance(self.program, LocalTrainable):
+            return tokens
+        return tokens.new_zeros(1, tokens.shape[1])
