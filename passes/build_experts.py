@@ -234,8 +234,8 @@ class _Builder:
             return self.graph.get_attr(target)
         value = self.dense.get_parameter(target)
         dense = (value.t() if turned else value).detach()
-        source = self.program.origins[f"{self.name}.{target}"].source
-        origin = init.origin(source, dense, axis, turned)
+        was = self.program.origins[f"{self.name}.{target}"]
+        origin = replace(init.origin(was.source, dense, axis, turned), teacher=was.teacher)
         made = nn.Parameter(init.make(dense, origin, axis).contiguous(), requires_grad=value.requires_grad)
         return self._place(target, made, origin)
 

@@ -37,11 +37,7 @@ class CollectTerms(Pass):
     makes: ClassVar[str] = "sparse"
 
     def apply(self, program: Program) -> Program:
-        root = program.graph
-        calls = [node for node in root.graph.nodes if _is_expert_layer(root, node)]
-        if calls:
-            _collect(root, calls)
-            root.recompile()
+        collect_terms(program.graph)
         return program
 
     def ensures(self, before: Program, after: Program) -> list[Check]:
@@ -88,6 +84,14 @@ def _term_checks(
     same = list(found["counts"]) == list(layers)
     wrong = [n for n in layers if not same or not torch.equal(found["counts"][n], seen[n][3])]
     return [*checks, Check("counts", float(len(wrong)), 0.0, "int64", wrong[0] if wrong else "")]
+
+
+def collect_terms(root: fx.GraphModule) -> None:
+    """Make the loss terms of the expert layers of `root` a second result, in place; without any, nothing."""
+    calls = [node for node in root.graph.nodes if _is_expert_layer(root, node)]
+    if calls:
+        _collect(root, calls)
+        root.recompile()
 
 
 def _is_expert_layer(root: fx.GraphModule, node: fx.Node) -> bool:

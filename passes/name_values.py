@@ -50,8 +50,36 @@ class NameValues(Pass):
         for name, module in graph_modules(root):
             if name:
                 rename(module, region_names(module, takes[name], gives.get(name, ())))
-        rename(root, _root_names(root))
+        rename_root(root)
         return program
+
+
+def rename_root(root: fx.GraphModule) -> None:
+    """Name the values of a root graph, at stage *structured* or (without loss terms) *sparse*, in place."""
+    rename(root, _root_names(root, _expert_names(root)))
+
+
+def _expert_names(root: fx.GraphModule) -> dict[fx.Node, str]:
+    """Names as the passes that make experts give them: `f_3` the dense part beside experts, `out_3` all that
+    an expert layer returns, `m_3` its value, `y_3` what a layer gives in all."""
+    calls = {str(node.target): node for node in root.graph.nodes if node.op == "call_module"}
+    found: dict[fx.Node, str] = {}
+    for call in calls.values():
+        region = _region(root, call)
+        if region is None or region.kind not in ("moe", "mix"):
+            continue
+        if region.kind == "mix":
+            found[call] = f"y_{region.index}"
+            continue
+        found[call] = f"out_{region.index}"
+        values = [user for user in call.users if user.target is operator.getitem and user.args[1] == 0]
+        found |= dict.fromkeys(values, f"m_{region.index}")
+        dense = calls.get(f"ffn_{region.index}")
+        if dense is not None:
+            found[dense] = f"f_{region.index}"
+            sums = [u for u in dense.users if u.target is aten.add.Tensor and u.args[1] in values]
+            found |= dict.fromkeys(sums, f"y_{region.index}")
+    return found
 
 
 def _inputs(root: fx.GraphModule) -> dict[str, list[str]]:
@@ -84,14 +112,15 @@ def _position_words(root: fx.GraphModule) -> dict[str, list[str]]:
     return words
 
 
-def _root_names(root: fx.GraphModule) -> dict[fx.Node, str]:
+def _root_names(root: fx.GraphModule, given: dict[fx.Node, str]) -> dict[fx.Node, str]:
+    """A name for every value of the root that `given` has none for."""
     nodes = list(root.graph.nodes)
     names = Names(node.name for node in nodes if node.op in ("get_attr", "placeholder"))
     names.taken.add("logits")
     layers, last = _layers(root), _entry(root)
-    result, found = output(root.graph).args[0], dict[fx.Node, str]()
+    result, found = output(root.graph).args[0], dict(given)
     for node in nodes:
-        if node.op in ("placeholder", "output", "get_attr"):
+        if node.op in ("placeholder", "output", "get_attr") or node in given:
             continue
         layer = layers.get(node) if isinstance(node.meta.get("val"), Tensor) else None
         word = _word(root, node, node is last)

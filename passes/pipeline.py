@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moec.ir import Pass
 from moec.plan import Plan
+from moec.plan.depth import unmeasured
 
 from .arrange_ranks import ArrangeRanks
 from .branch_experts import BranchExperts
@@ -19,6 +20,7 @@ from .fuse_mix import FuseMix
 from .fuse_moe_ffn import FuseMoeFfn
 from .fuse_qkv import FuseQkv
 from .group_heads import GroupHeads
+from .keep_layers import KeepLayers
 from .lift_experts import LiftExperts
 from .lower_dense import LowerDense
 from .lower_experts import LowerExperts
@@ -67,6 +69,18 @@ def structured() -> list[Pass]:
     return [OutlineFeedForwards(), OutlineAttention(), OutlinePositions(), NameValues()]
 
 
+def student(plan: Plan) -> list[Pass]:
+    """structured or sparse → the same with fewer layers, where the plan asks for a student.
+
+    Raises `PlanError` for layers by importance, which is measured on text: `program.student(…, tokens=…)`.
+    """
+    if plan.student is None:
+        return []
+    if plan.student.by == "importance":
+        raise unmeasured()
+    return [KeepLayers(plan.student.keep, plan.student.depth)]
+
+
 def sparse(plan: Plan) -> list[Pass]:
     """structured → sparse: what the plan asks for; nothing for a dense plan."""
     if plan.moe is None:
@@ -76,7 +90,7 @@ def sparse(plan: Plan) -> list[Pass]:
 
 def pipeline(plan: Plan, world: int = 1) -> list[Pass]:
     """Everything that `moec.compile` runs for `plan` on `world` ranks, in order."""
-    return [*canonical(), *structured(), *sparse(plan), *placed(plan, world)]
+    return [*canonical(), *structured(), *student(plan), *sparse(plan), *placed(plan, world)]
 
 
 def placed(plan: Plan, world: int) -> list[Pass]:

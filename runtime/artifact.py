@@ -20,7 +20,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -68,7 +67,7 @@ def fingerprint(program: Program) -> str:
     Neither weights nor how it is trained take part: a run may be resumed with more steps. Nor do device and
     mesh, so that it may be resumed on others: a placed program has the fingerprint that it had before.
     """
-    origins = {name: asdict(origin) for name, origin in program.origins.items()}
+    origins = {name: origin.record() for name, origin in program.origins.items()}
     code = ast.unparse(ast.parse(program_text(program.graph)))  # without comments: shapes and placements
     parts = [re.sub(r"device='[^']*'", "device", code), json.dumps(origins, sort_keys=True)]
     return hashlib.sha256("\0".join([*parts, _shaping(program.plan)]).encode()).hexdigest()

@@ -65,7 +65,7 @@ def sheet_fields(program: Program) -> dict[str, Any]:
     """What a `Sheet` records of `program`."""
     return {
         "stage": program.stage,
-        "origins": {name: asdict(origin) for name, origin in program.origins.items()},
+        "origins": {name: origin.record() for name, origin in program.origins.items()},
         "ledger": [asdict(entry) for entry in program.ledger],
         "notes": list(program.ledger.notes),
         "certificates": [certificate.to_json() for certificate in program.certificates],

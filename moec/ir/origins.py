@@ -10,7 +10,8 @@ One table is read by loading, saving, going back to dense, and review:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,8 @@ class Origin:
     `copy`, `noise`, `partial`, `split` (one slice of the hidden dimension per expert), `fresh`.
     `transposed`: the user stored the matrix as [in, out]. `experts`: length of the leading expert axis, 0 if
     there is none. For `split`: `dim` is the dimension of the source (after transposition) that was dealt out,
-    `blocks` how often the hidden units run through it (2 for a fused gate and up).
+    `blocks` how often the hidden units run through it (2 for a fused gate and up). `teacher`: what the weight
+    is called in the teacher that it is from, '' where there is none.
     """
 
     source: str | None
@@ -32,6 +34,7 @@ class Origin:
     experts: int = 0
     dim: int = 0
     blocks: int = 1
+    teacher: str = ""
 
     @property
     def reversible(self) -> bool:
@@ -71,13 +74,18 @@ class Origin:
     def _agreed(self, value: Tensor) -> Tensor | None:
         return value[0].clone() if bool((value == value[0]).all()) else None
 
+    def record(self) -> dict[str, Any]:
+        """As plain data; `Origin(**record)` is the same row."""
+        return {key: value for key, value in asdict(self).items() if key != "teacher" or value}
+
     def describe(self) -> str:
         """The right-hand side of the table's row."""
+        taught = f"    teacher's {self.teacher}" if self.teacher not in ("", self.source) else ""
         if self.source is None:
-            return "new"
+            return f"new{taught}"
         turned = " (transposed)" if self.transposed else ""
         times = f"    {self.how} × {self.experts}" if self.experts else ""
-        return f"← {self.source}{turned}{times}"
+        return f"← {self.source}{turned}{times}{taught}"
 
 
 class Origins(Mapping[str, Origin]):

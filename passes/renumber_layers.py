@@ -1,0 +1,267 @@
+"""Number everything anew after layers have left a program: regions, weights, names, paths, records.
+
+before:  attention_0, attention_2, ffn_0, ffn_2, …    transformer.h.2.ln_1.weight
+after:   attention_0, attention_1, ffn_0, ffn_1, …    transformer.h.1.ln_1.weight
+
+So a program with fewer layers reads, and names its weights, as one compiled from the shallow model would.
+Each origin remembers as `teacher` what its weight was called before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx, nn
+
+from moec.errors import PassError
+from moec.ir import Entry, Ledger, Origin, Origins, Program, Region, region_of, regions
+from moec.ir.graphs import graph_modules, place
+
+from .blocks import Block
+from .layer_names import LayerNames
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """What is called how from now on.
+
+    `regions`: old name → new name, of the regions that are left. `weights`: the user's name → the new one, of
+    the weights that are left. `names`: for every other name and path.
+    """
+
+    regions: Mapping[str, str]
+    weights: Mapping[str, str]
+    names: LayerNames
+
+
+def renumber_layers(program: Program, names: LayerNames, dropped: Sequence[int]) -> None:
+    """Renumber `program` in place, its `dropped` blocks gone from the graph already.
+
+    Changes its graph and the names of its weights, and puts new origins, a new ledger and a new source into
+    the program; the tensors stay the same. Raises `PassError` when two weights would have one name.
+    """
+    numbering = _numbering(program, names)
+    program.origins = _origins(program, numbering)
+    program.ledger = _ledger(program, numbering, dropped)
+    _rename_in_graph(program.graph, numbering)
+    program.source = replace(
+        program.source, aliases=_aliases(program, numbering), unused=_unused(program, names)
+    )
+
+
+def names_by_block(program: Program, blocks: Sequence[Block]) -> list[set[str]]:
+    """For each block, the user's names of the weights that it alone reads, and the paths of its modules."""
+    read = [_weights_of(program, block) for block in blocks]
+    shared = {name for name in set().union(*read) if sum(name in own for own in read) > 1}
+    return [own - shared | _paths_of(program, block) for own, block in zip(read, blocks, strict=True)]
+
+
+def _weights_of(program: Program, block: Block) -> set[str]:
+    targets = {str(n.target) for node in block.nodes for n in node.all_input_nodes if n.op == "get_attr"}
+    inside = [name for name in program.origins if name.split(".")[0] in block.regions]
+    sources = (program.origins[name].source for name in [*targets, *inside] if name in program.origins)
+    return {source for source in sources if source}
+
+
+def _paths_of(program: Program, block: Block) -> set[str]:
+    paths = {str(node.meta.get("path") or "") for node in block.nodes}
+    found = (region_of(program.graph.get_submodule(name)) for name in block.regions)
+    return {path for path in paths | {region.path for region in found if region is not None} if path}
+
+
+# what is called how
+
+
+def _numbering(program: Program, names: LayerNames) -> Numbering:
+    left = regions(program.graph)
+    sources = [origin.source for name, origin in program.origins.items() if _is_left(program, name)]
+    known = dict.fromkeys([source for source in sources if source])
+    other = _other_names(program.source.aliases)
+    weights = {name: _first_left([name, *other.get(name, ())], names) for name in known}
+    if len(set(weights.values())) < len(weights):
+        twice = next(n for n in weights.values() if list(weights.values()).count(n) > 1)
+        raise PassError(
+            "the names of the layers", f"two weights that would be `{twice}`", "one weight a name"
+        )
+    return Numbering(_region_names(left), weights, names)
+
+
+def _is_left(program: Program, structural: str) -> bool:
+    *path, leaf = structural.split(".")
+    module: nn.Module | None = program.graph
+    for atom in path:
+        module = module._modules.get(atom) if module is not None else None
+    return module is not None and (leaf in module._parameters or leaf in module._buffers)
+
+
+def _other_names(aliases: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for alias, name in aliases.items():
+        found.setdefault(name, []).append(alias)
+    return found
+
+
+def _first_left(candidates: Iterable[str], names: LayerNames) -> str:
+    """The new name of a weight that may have several: the first of a layer that stays."""
+    candidates = list(candidates)
+    renamed = (names.new(name) for name in candidates)
+    return next((name for name in renamed if name is not None), candidates[0])
+
+
+def _region_names(left: Mapping[str, fx.GraphModule]) -> dict[str, str]:
+    """Attentions are counted by themselves; a feed-forward and what has grown beside it have one number."""
+    indices: dict[bool, dict[int, int]] = {True: {}, False: {}}
+    found = {}
+    for name, module in left.items():
+        region = region_of(module)
+        assert region is not None
+        if region.kind == "positions":
+            continue
+        table = indices[region.kind == "attention"]
+        index = table.setdefault(region.index, len(table))
+        found[name] = replace(region, index=index).name
+    return found
+
+
+def _structural(name: str, numbering: Numbering) -> str:
+    """The structural name of a weight: in its region, or at the root under the user's name."""
+    first, _, rest = name.partition(".")
+    if first in numbering.regions:
+        return f"{numbering.regions[first]}.{_leaf(rest, numbering)}"
+    return _leaf(name, numbering)
+
+
+def _leaf(name: str, numbering: Numbering) -> str:
+    return numbering.weights.get(name) or numbering.names.new(name) or name
+
+
+# records
+
+
+def _origins(program: Program, numbering: Numbering) -> Origins:
+    rows: dict[str, Origin] = {}
+    for name, origin in program.origins.items():
+        if _is_left(program, name):
+            source = numbering.weights[origin.source] if origin.source else None
+            was = program.origins.public_name(name)
+            rows[_structural(name, numbering)] = replace(origin, source=source, teacher=was)
+    return Origins(rows)
+
+
+def _ledger(program: Program, numbering: Numbering, dropped: Sequence[int]) -> Ledger:
+    entries = [
+        _entry(entry, program, numbering) for entry in program.ledger if entry.weight in numbering.weights
+    ]
+    if not dropped:
+        return Ledger(entries, program.ledger.notes)
+    numbers = ", ".join(map(str, dropped))
+    return Ledger(entries, program.ledger.notes).note(
+        f"layer{'s' if len(dropped) > 1 else ''} {numbers} dropped"
+    )
+
+
+def _entry(entry: Entry, program: Program, numbering: Numbering) -> Entry:
+    """The row under its new names; `program.origins` are the new ones."""
+    weight = numbering.weights[entry.weight]
+    holders = [name.split(".")[0] for name in program.origins.of_source(weight)]
+    role, _, rest = entry.role.partition(" ")
+    if role in numbering.regions:
+        role = numbering.regions[role]
+    elif role.rpartition("_")[2].isdigit() and holders:  # of a layer that is gone, the weight shared
+        role = holders[-1]
+    first, colon, why = entry.reason.partition(":")
+    reason = f"{numbering.regions.get(first, first)}{colon}{why}"
+    return replace(entry, weight=weight, role=f"{role} {rest}".strip(), reason=reason)
+
+
+def _aliases(program: Program, numbering: Numbering) -> dict[str, str]:
+    """Tied names of layers that stay → the name kept."""
+    found = {}
+    for alias, name in program.source.aliases.items():
+        renamed, kept = numbering.names.new(alias), numbering.weights.get(name)
+        kept = kept or (numbering.names.new(name) if name in program.source.unused else None)
+        if renamed is not None and kept is not None and renamed != kept:
+            found[renamed] = kept
+    return found
+
+
+def _unused(program: Program, names: LayerNames) -> dict[str, Tensor]:
+    renamed = ((names.new(name), value) for name, value in program.source.unused.items())
+    return {name: value for name, value in renamed if name is not None}
+
+
+# the graph
+
+
+def _rename_in_graph(root: fx.GraphModule, numbering: Numbering) -> None:
+    for name, module in graph_modules(root):
+        outer = f"{name}." if name else ""
+        own = {n for n, _, _, _ in _own_weights(module)}
+        renamed = {n: _structural(f"{outer}{n}", numbering) for n in own}
+        if name:
+            renamed = {n: new.partition(".")[2] for n, new in renamed.items()}
+        _rename_weights(module, renamed)
+        for node in module.graph.nodes:
+            if node.meta.get("path"):
+                node.meta["path"] = _path(str(node.meta["path"]), numbering)
+    _rename_regions(root, numbering)
+
+
+def _path(path: str, numbering: Numbering) -> str:
+    return numbering.names.new(path) or path
+
+
+def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool, nn.Module]]:
+    """Name, tensor, whether it is in the state dict, and owner of every weight that is in no region."""
+    for path, child in module.named_modules(remove_duplicate=False):
+        if any(region_of(module.get_submodule(above)) for above in _above(path)):
+            continue
+        for leaf, value in [*child._parameters.items(), *child._buffers.items()]:
+            if value is not None:
+                name = f"{path}.{leaf}" if path else leaf
+                yield name, value, leaf not in child._non_persistent_buffers_set, child
+
+
+def _above(path: str) -> list[str]:
+    atoms = path.split(".") if path else []
+    return [".".join(atoms[: i + 1]) for i in range(len(atoms))]
+
+
+def _rename_weights(module: fx.GraphModule, renamed: Mapping[str, str]) -> None:
+    """Put the weights of one graph where they are called `renamed`, in their order."""
+    if all(old == new for old, new in renamed.items()):
+        return
+    weights = [(name, value, persistent) for name, value, persistent, _ in _own_weights(module)]
+    below = {name: child for name, child in module._modules.items() if region_of(child) is not None}
+    module._modules.clear()
+    module._parameters.clear()
+    module._buffers.clear()
+    module._non_persistent_buffers_set.clear()
+    for name, value, persistent in weights:
+        place(module, renamed[name], value, persistent=persistent)
+    for name, child in below.items():
+        module.add_module(name, child)
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in renamed:
+            node.target = renamed[str(node.target)]
+            node.name = str(node.target).replace(".", "_")
+
+
+def _rename_regions(root: fx.GraphModule, numbering: Numbering) -> None:
+    table = root._modules
+    root._modules = {numbering.regions.get(name, name): child for name, child in table.items()}
+    for node in root.graph.nodes:
+        if node.op == "call_module":
+            node.target = numbering.regions.get(str(node.target), str(node.target))
+    for name in numbering.regions.values():
+        module = root.get_submodule(name)
+        region = region_of(module)
+        assert isinstance(module, fx.GraphModule)
+        assert region is not None
+        module.meta["region"] = _renumbered(region, name, numbering)
+
+
+def _renumbered(region: Region, name: str, numbering: Numbering) -> Region:
+    path = _path(region.path, numbering) if region.path else ""
+    return replace(region, index=int(name.rpartition("_")[2]), path=path)
