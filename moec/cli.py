@@ -1,4 +1,4 @@
-"""The command line: `moec compile | show | diff | explain | train | generate | bisect | plans`.
+"""The command line: `moec compile | show | diff | explain | train | distill | generate | bisect | plans`.
 
 Here stand the words: names, options, help. What a command does is in `moec.commands`, imported when it runs,
 so that `moec --help` is quick. A user's mistake ends in four lines (where, found, needed, nearest) and status
@@ -12,11 +12,34 @@ from typing import Annotated
 import typer
 
 from moec.commands.group import Commands
-
-MODEL_HELP = (
-    "file.py:factory (arguments after a question mark: gpt.py:small?layers=2), hf:config.json or hf:folder, "
-    "or the folder of a saved program."
+from moec.commands.options import (
+    Alpha,
+    Batch,
+    Data,
+    Disable,
+    Json,
+    LearningRate,
+    Lessons,
+    MaxRestarts,
+    Meta,
+    Model,
+    PlanName,
+    Ranks,
+    Resume,
+    RunFolder,
+    Saved,
+    Seed,
+    Sequence,
+    Steps,
+    Stop,
+    StudentName,
+    StudentPlan,
+    Teacher,
+    Temperature,
+    Tokenizer,
+    Trust,
 )
+
 EPILOG = (
     "A model is a function that returns an nn.Module: examples/gpt.py:small. A plan is a TOML file, or the "
     "name of a shipped one: moec plans. Begin with: moec show examples/gpt.py:small --plan pr_moe"
@@ -32,27 +55,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Saved = Annotated[str, typer.Argument(metavar="MODEL|DIR", help=MODEL_HELP)]
-PlanName = Annotated[
-    str | None,
-    typer.Option("--plan", "-p", help="A TOML file, or a shipped plan (moec plans); left out: dense."),
-]
-Meta = Annotated[
-    bool, typer.Option("--meta", help="Build the model without memory: shapes and counts, no values.")
-]
-Trust = Annotated[bool, typer.Option("--trust", help="Accept a saved program that was edited by hand.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Disable = Annotated[
-    list[str] | None, typer.Option("--disable", metavar="PASS", help="Leave a pass out; may be repeated.")
-]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(
-        "--tokenizer", metavar="FILE", help="A tokenizer.json; left out: that of the saved program, or bytes."
-    ),
-]
 
 
 def _version(asked: bool) -> None:
@@ -176,36 +178,17 @@ def explain(
 def train(
     model: Saved,
     plan: PlanName = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            "-d",
-            metavar="PATH",
-            help="Text file, folder or glob; repeatable. Left out: Python's library.",
-        ),
-    ] = None,
+    data: Data = None,
     tokenizer: Tokenizer = None,
-    out: Annotated[
-        str, typer.Option("--out", "-o", metavar="RUN", help="Checkpoints, records and the program.")
-    ] = "run",
-    steps: Annotated[int | None, typer.Option(help="Steps; warm-up is chosen anew for them.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences in a step.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate; the lowest is a tenth of it.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of batches, dropout and routing noise.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in RUN.")
-    ] = False,
-    nproc: Annotated[
-        int | None,
-        typer.Option("--nproc", metavar="N", min=1, help="Train on N ranks, started here."),
-    ] = None,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="With --nproc: how often to start again when a rank is lost.")
-    ] = 0,
+    out: RunFolder = "run",
+    steps: Steps = None,
+    batch: Batch = None,
+    sequence: Sequence = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    resume: Resume = False,
+    nproc: Ranks = None,
+    max_restarts: MaxRestarts = 0,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -219,10 +202,57 @@ def train(
     from moec.commands.asked import Run
     from moec.commands.ranks import train_anywhere
 
-    given = {"steps": steps, "batch": batch, "sequence": sequence, "lr": lr, "seed": seed}
-    changed = {key: value for key, value in given.items() if value is not None}
+    changed = _given(steps=steps, batch=batch, sequence=sequence, lr=lr, seed=seed)
     run = Run(model, plan, data or (), tokenizer, out, resume, changed, trust, as_json, nproc, max_restarts)
     raise typer.Exit(train_anywhere(run))
+
+
+@app.command()
+def distill(
+    teacher: Teacher,
+    plan: StudentPlan = None,
+    student: StudentName = None,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    out: RunFolder = "student",
+    alpha: Alpha = None,
+    temperature: Temperature = None,
+    stop: Stop = None,
+    lessons: Lessons = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    sequence: Sequence = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    resume: Resume = False,
+    nproc: Ranks = None,
+    max_restarts: MaxRestarts = 0,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Teach a shallower student what a trained program knows; Ctrl-C saves, --resume goes on bit for bit.
+
+    The plan's student table says which layers of the teacher it keeps, its distill table how the teacher
+    counts and until when, its train table all else. RUN/program is the trained student; RUN/student is
+    what it began as.
+
+    moec distill run/program --plan mos.toml --data corpus/ --steps 500 --out student
+    """
+    from moec.commands.asked import Distillation
+    from moec.commands.distill_ranks import distill_anywhere
+
+    changed = _given(steps=steps, batch=batch, sequence=sequence, lr=lr, seed=seed)
+    taught = _given(alpha=alpha, temperature=temperature, stop=stop)
+    run = Distillation(
+        teacher, plan, data or (), tokenizer, out, resume, changed, trust, as_json, nproc, max_restarts,
+        student=student, lessons=lessons, taught=taught,
+    )  # fmt: skip
+    raise typer.Exit(distill_anywhere(run))
+
+
+def _given(**values: object) -> dict[str, object]:
+    """Those that were typed."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 @app.command()

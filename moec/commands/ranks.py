@@ -36,13 +36,15 @@ def train_anywhere(run: Run) -> int:
     """`moec train`: in this process, in processes started here, or as one rank of a job; gives the status."""
     place = place_in_job("train", run.nproc)
     if place is not None:
-        return _TrainingRank(run, place).run()
-    return train(run) if run.nproc is None else _train_on_ranks(run, run.nproc)
+        return TrainingRank(run, place).run()
+    if run.nproc is None:
+        return train(run)
+    _refuse_early(run, run.nproc)
+    return start_ranks(run, run.nproc)
 
 
-def _train_on_ranks(run: Run, nproc: int) -> int:
-    """Start `nproc` processes of the same command."""
-    _refuse_early(run, nproc)
+def start_ranks(run: Run, nproc: int) -> int:
+    """Start `nproc` processes of the same command; gives the exit status of the job."""
     console = Console(stderr=True)
     return launch(
         ["-m", "moec", *replace(run, nproc=None, max_restarts=0).words()],
@@ -65,7 +67,7 @@ def _refuse_early(run: Run, nproc: int) -> None:
         raise PlanError("[train]", found, "a sequence at least for each rank in each part", f"batch = {data}")
 
 
-class _TrainingRank(RankOfJob):
+class TrainingRank(RankOfJob):
     """One rank that trains."""
 
     def __init__(self, run: Run, place: Place) -> None:
