@@ -16,6 +16,7 @@ from torch import Tensor
 import moec
 from examples.gpt import GPT, GPTConfig
 from moec.api import place
+from moec.ir.mesh import Mesh
 from moec.local_program import LocalProgram
 from moec.plan import Distill, Parallel, Train
 from moec.program import IGNORED, Program
@@ -28,7 +29,7 @@ from moec.runtime.simulated import run_ranks
 from moec.runtime.step import OptimizerStep
 from moec.runtime.trainable import Trainable
 
-VOCABULARY = 31  # a prime: dealt out to 2 ranks or 4, the last one has fewer words
+VOCABULARY = 127  # a prime, so ranks have unequal numbers of words; the letters of a text are below it
 SPARSE: dict[str, Any] = {
     "layers": "all", "experts": 2, "top_k": 2, "residual": "learned",
     "override": [{"layers": "-1:", "experts": 4}],
@@ -123,13 +124,12 @@ def learn_on_ranks(
     ranks tell the same, and joins the weights."""
     assert student.layout is not None
     mesh = student.layout.mesh
-    joined = mesh if teacher.layout is None else mesh.joined(teacher.layout.mesh.named("teacher"))
 
     def body(rank: int) -> tuple[Taught, LocalProgram]:
         local = student.partition(rank)
         return learn(local, told_by(teacher, local, distill), settings, batches), local
 
-    ranks = run_ranks(joined, body)
+    ranks = run_ranks(joined_mesh(student, teacher), body)
     first, local = ranks[0]
     places, shapes = local.placements(), local.whole_shapes()
     coordinates = [mesh.coordinates(rank) for rank in range(mesh.world)]
@@ -140,6 +140,13 @@ def learn_on_ranks(
     for told, _ in ranks:
         assert (told.losses[-1].loss, told.losses[-1].kl) == (first.losses[-1].loss, first.losses[-1].kl)
     return Taught(first.losses, first.norms, wholes)
+
+
+def joined_mesh(student: Program, teacher: Program) -> Mesh:
+    """What both are connected by; a teacher without a layout is whole on every rank."""
+    assert student.layout is not None
+    mesh = student.layout.mesh
+    return mesh if teacher.layout is None else mesh.joined(teacher.layout.mesh.named("teacher"))
 
 
 def told_by(teacher: Program, student: LocalProgram, distill: Distill) -> Teacher:
