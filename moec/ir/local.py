@@ -25,7 +25,7 @@ def hold_parts(root: fx.GraphModule, layout: Layout, rank: int, names: set[str])
             if id(value) not in made:
                 made[id(value)] = _part(value, placement, coordinates)
             owner, _, leaf = name.rpartition(".")
-            _swap(root.get_submodule(owner), leaf, made[id(value)])
+            swap(root.get_submodule(owner), leaf, made[id(value)])
 
 
 def _part(value: Tensor, placement: Placement, coordinates: Mapping[str, int]) -> Tensor:
@@ -33,7 +33,8 @@ def _part(value: Tensor, placement: Placement, coordinates: Mapping[str, int]) -
     return nn.Parameter(part, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else part
 
 
-def _swap(owner: nn.Module, leaf: str, part: Tensor) -> None:
+def swap(owner: nn.Module, leaf: str, part: Tensor) -> None:
+    """Let `owner` hold `part` as its parameter or buffer `leaf`."""
     table = owner._parameters if leaf in owner._parameters else owner._buffers
     table[leaf] = part  # type: ignore[assignment]
 
@@ -47,4 +48,4 @@ def own_weights(root: fx.GraphModule, shared_with: fx.GraphModule) -> None:
             if id(value) not in made:
                 made[id(value)] = _part(value, Placement(), {})
             owner, _, leaf = name.rpartition(".")
-            _swap(root.get_submodule(owner), leaf, made[id(value)])
+            swap(root.get_submodule(owner), leaf, made[id(value)])
