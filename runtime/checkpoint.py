@@ -90,12 +90,12 @@ def _publish(root: Path, step: int, draft: Path, files: Mapping[str, str], recor
         if not (draft / name).is_file():
             raise ArtifactError(str(draft / name), "no such file on rank 0", "a folder that all ranks share")
     _write_manifest(draft, step, dict(sorted(files.items())), record)
-    _sync(draft)
+    sync(draft)
     final = root / _folder(step)
     if final.exists():  # rename() only replaces empty folders
         final.rename(root / f".saving-replaced-{_folder(step)}")
     draft.rename(final)
-    _sync(root)
+    sync(root)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _write_pieces(path: Path, parts: Mapping[str, Part], index: int) -> None:
         seen.add(plain[name].untyped_storage().data_ptr())
     save_file(plain, path, _offsets(parts, index))
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read its files
-    _sync(path)
+    sync(path)
 
 
 def _offsets(parts: Mapping[str, Part], index: int) -> dict[str, str] | None:
@@ -203,10 +203,10 @@ def _alone(tensor: Tensor, seen: set[int]) -> Tensor:
 def _write_manifest(folder: Path, step: int, files: Mapping[str, str], record: Mapping[str, Any]) -> None:
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "step": step}
     manifest |= {"files": dict(files), "record": dict(record)}
-    manifest["digest"] = _digest_of(manifest)
+    manifest["digest"] = digest_of(manifest)
     path = folder / MANIFEST
     path.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         digest = manifest.pop("digest")
-        whole = digest == _digest_of(manifest)
+        whole = digest == digest_of(manifest)
         manifest["digest"] = digest
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(path, "not the JSON that was written") from error
@@ -258,11 +258,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_of(manifest: Mapping[str, Any]) -> str:
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest's JSON."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's entries, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
