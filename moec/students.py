@@ -39,7 +39,7 @@ def student_of(
     assert asked.student is not None
     _require_whole(teacher)
     layers = kept_layers(asked.student, len(blocks_of(teacher.graph)), _importance(teacher, asked, tokens))
-    cut = asked.model_copy(update={"student": Student(keep=layers, init=asked.student.init)})
+    cut = asked.model_copy(update={"student": Student(keep=layers, init=asked.student.init, seed=asked.student.seed)})
     runner = Runner(verify=verify)
     made = _own_weights(runner.run(_bare(teacher), student(cut)))
     made.plan = asked
@@ -56,7 +56,7 @@ def _asked(teacher: Program, plan: Any, depth: int | None, keep: Any) -> Plan:
         given: dict[str, Any] = {"depth": depth} if keep is None else {"keep": tuple(keep)}
         if depth is not None and keep is not None:
             given["depth"] = depth
-        kept = {} if found.student is None else {"init": found.student.init}
+        kept = {} if found.student is None else found.student.model_dump(include={"init", "seed"})
         if found.student is not None and keep is None:
             kept["by"] = found.student.by
         found = Plan.resolve({**found.model_dump(exclude_none=True), "student": kept | given})

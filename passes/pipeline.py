@@ -35,6 +35,7 @@ from .pack_weights import PackWeights
 from .pick_positions import PickPositions
 from .place_dense import PlaceDense
 from .place_experts import PlaceExperts
+from .renew_weights import RenewWeights
 from .settle_training import SettleTraining
 from .spell_activations import SpellActivations
 from .spell_attention import SpellAttention
@@ -70,7 +71,7 @@ def structured() -> list[Pass]:
 
 
 def student(plan: Plan) -> list[Pass]:
-    """structured or sparse → the same with fewer layers, where the plan asks for a student.
+    """structured or sparse → the same with fewer layers, and fresh weights where the plan asks for them.
 
     Raises `PlanError` for layers by importance, which is measured on text: `program.student(…, tokens=…)`.
     """
@@ -78,7 +79,8 @@ def student(plan: Plan) -> list[Pass]:
         return []
     if plan.student.by == "importance":
         raise unmeasured()
-    return [KeepLayers(plan.student.keep, plan.student.depth)]
+    keeping = KeepLayers(plan.student.keep, plan.student.depth)
+    return [keeping, RenewWeights(plan.student.seed)] if plan.student.init == "fresh" else [keeping]
 
 
 def sparse(plan: Plan) -> list[Pass]:

@@ -38,6 +38,7 @@ class Student(Section):
         default="teacher",
         description="Where the student's weights come from: the teacher's layers, or all drawn anew (fresh).",
     )
+    seed: Whole = Field(default=0, description="Seed of fresh weights.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Student:

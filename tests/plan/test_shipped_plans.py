@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from moec.errors import PlanError
 from moec.plan import LayerSettings, Plan
+from moec.plan.depth import kept_layers
 from moec.plan.shipped import shipped_text
 
-NAMES = ["moe", "pr_moe", "pyramid_moe", "residual_moe", "upcycle"]
+NAMES = ["moe", "mos", "pr_moe", "pr_mos", "pyramid_moe", "residual_moe", "upcycle"]
 
 
 def layers_of(plan: Plan, depth: int) -> dict[int, LayerSettings]:
@@ -41,9 +42,9 @@ def test_the_papers_expert_counts_on_24_layers() -> None:
     experts = {
         name: [layer.experts for layer in layers_of(Plan.shipped(name), 24).values()] for name in NAMES
     }
-    assert experts["moe"] == [128] * 12
+    assert experts["moe"] == experts["mos"] == [128] * 12
     assert experts["residual_moe"] == [32] * 12
-    assert experts["pyramid_moe"] == experts["pr_moe"] == [32] * 10 + [64] * 2
+    assert experts["pyramid_moe"] == experts["pr_moe"] == experts["pr_mos"] == [32] * 10 + [64] * 2
     assert experts["upcycle"] == [8] * 12
 
 
@@ -57,7 +58,37 @@ def test_the_papers_settings(name: str) -> None:
             1.0,
         )
         assert (layer.min_capacity, layer.balance_weight, layer.random_token_selection) == (4, 0.01, True)
-        assert layer.residual == ("learned" if name in ("residual_moe", "pr_moe") else "none")
+        assert layer.residual == ("learned" if name in ("residual_moe", "pr_moe", "pr_mos") else "none")
+
+
+@pytest.mark.parametrize(("name", "teacher"), [("mos", "moe"), ("pr_mos", "pr_moe")])
+def test_a_student_is_its_teacher_with_fewer_layers(name: str, teacher: str) -> None:
+    """The same [moe], the paper's depth, and a teacher that falls silent before the end."""
+    plan = Plan.shipped(name)
+    assert plan.moe == Plan.shipped(teacher).moe
+    assert plan.student is not None
+    assert plan.distill is not None
+    assert (plan.student.depth, plan.student.init) == (21, "teacher")
+    assert (plan.distill.alpha, plan.distill.temperature, plan.distill.direction) == (1.0, 1.0, "forward")
+    assert 0.5 < plan.distill.stop < 1.0
+    experts = [layer.experts for layer in layers_of(plan, 21).values()]
+    assert experts == ([128] * 10 if name == "mos" else [32] * 8 + [64] * 2)
+    kept = kept_layers(plan.student, 24)
+    assert set(range(24)) - set(kept) == {4, 11, 19}
+
+
+@pytest.mark.parametrize("name", ["mos", "pr_mos"])
+def test_a_teacher_with_too_few_layers_is_told(name: str) -> None:
+    student = Plan.shipped(name).student
+    assert student is not None
+    with pytest.raises(PlanError) as caught:
+        kept_layers(student, 4)
+    assert str(caught.value) == (
+        "student.depth\n"
+        "  found   depth = 21, the teacher has 4 layers\n"
+        "  needed  fewer\n"
+        "  nearest depth = 3"
+    )
 
 
 def test_upcycling_keeps_the_function() -> None:
@@ -72,7 +103,7 @@ def test_a_misspelt_name_is_told_the_nearest() -> None:
     assert str(caught.value) == (
         "plan\n"
         "  found   no shipped plan 'pyramid'\n"
-        "  needed  a shipped plan (moe, pr_moe, pyramid_moe, residual_moe, upcycle) "
+        "  needed  a shipped plan (moe, mos, pr_moe, pr_mos, pyramid_moe, residual_moe, upcycle) "
         "or the path of a .toml file\n"
         "  nearest 'pyramid_moe'"
     )
