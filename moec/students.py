@@ -39,7 +39,9 @@ def student_of(
     assert asked.student is not None
     _require_whole(teacher)
     layers = kept_layers(asked.student, len(blocks_of(teacher.graph)), _importance(teacher, asked, tokens))
-    cut = asked.model_copy(update={"student": Student(keep=layers, init=asked.student.init, seed=asked.student.seed)})
+    cut = asked.model_copy(
+        update={"student": Student(keep=layers, init=asked.student.init, seed=asked.student.seed)}
+    )
     runner = Runner(verify=verify)
     made = _own_weights(runner.run(_bare(teacher), student(cut)))
     made.plan = asked

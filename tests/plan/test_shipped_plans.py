@@ -84,10 +84,7 @@ def test_a_teacher_with_too_few_layers_is_told(name: str) -> None:
     with pytest.raises(PlanError) as caught:
         kept_layers(student, 4)
     assert str(caught.value) == (
-        "student.depth\n"
-        "  found   depth = 21, the teacher has 4 layers\n"
-        "  needed  fewer\n"
-        "  nearest depth = 3"
+        "student.depth\n  found   depth = 21, the teacher has 4 layers\n  needed  fewer\n  nearest depth = 3"
     )
 
 
