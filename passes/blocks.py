@@ -25,8 +25,8 @@ from torch import Tensor, fx
 
 from moec.errors import PassError
 from moec.ir import Region, region_of
-from moec.ir.dependence import token_dependent
-from moec.ir.graphs import output
+from moec.ir.dependence import READS_SHAPE_ONLY, token_dependent
+from moec.ir.graphs import output, placeholder
 
 aten = torch.ops.aten
 ATTENTION_CORES = {aten.scaled_dot_product_attention.default, aten.softmax.int}
@@ -103,7 +103,7 @@ class _Stream:
         self.root = root
         live = ancestors(logits_of(root.graph))
         self.nodes = [node for node in root.graph.nodes if node in live]
-        self.says = token_dependent(root.graph)
+        self.says = _token_values(root)
         called = [node for node in self.nodes if _kind(root, node)]
         if not called:
             found = "no attention and no feed-forward that is a region"
@@ -176,6 +176,13 @@ class _Stream:
                 return node
         found = f"no value {self.shape} that all of it follows from"
         raise PassError(f"the first layer, up to `{exit_.name}`", found, "a residual stream")
+
+
+def _token_values(root: fx.GraphModule) -> set[fx.Node]:
+    """What depends on what the tokens say; positions may be asked for with the tokens, but do not."""
+    readers = {node for node in placeholder(root.graph).users if node.target not in READS_SHAPE_ONLY}
+    told = {node for node in readers if getattr(_region(root, node), "kind", "") != "positions"}
+    return token_dependent(root.graph, told)
 
 
 # which cuts are the ends of blocks
@@ -255,6 +262,17 @@ def _block(root: fx.GraphModule, index: int, entry: fx.Node, exit_: fx.Node, pat
     nodes = tuple(n for n in root.graph.nodes if n in inside and n in later and n is not entry)
     regions = tuple(str(node.target) for node in nodes if node.op == "call_module")
     return Block(index, entry, exit_, nodes, regions, path)
+
+
+def _says(root: fx.GraphModule) -> set[fx.Node]:
+    """What depends on the values of tokens; the region of positions reads their shape alone."""
+    found = {placeholder(root.graph)}
+    for node in root.graph.nodes:
+        region = _region(root, node)
+        reads_values = node.target not in READS_SHAPE_ONLY and (region is None or region.kind != "positions")
+        if reads_values and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _head(graph: fx.Graph) -> fx.Node | None:
