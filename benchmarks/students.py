@@ -99,10 +99,10 @@ def train_once(variant: str, seed: int, settings: Train, data: TextData, work: P
 
 
 def plan_of(variant: str, seed: int) -> Plan:
-    """The plan of a variant; `seed` draws its routers and experts."""
+    """The plan of a variant; `seed` draws its routers and experts, or a fresh student's weights."""
     tables = {name: dict(table) for name, table in VARIANTS[variant].items()}
-    if "moe" in tables:
-        tables["moe"]["seed"] = seed
+    for drawn in tables.keys() & {"moe", "student"}:
+        tables[drawn]["seed"] = seed
     return Plan.resolve(tables)
 
 
