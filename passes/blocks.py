@@ -103,7 +103,7 @@ class _Stream:
         self.root = root
         live = ancestors(logits_of(root.graph))
         self.nodes = [node for node in root.graph.nodes if node in live]
-        self.says = _token_values(root)
+        self.says = _says(root)
         called = [node for node in self.nodes if _kind(root, node)]
         if not called:
             found = "no attention and no feed-forward that is a region"
@@ -176,13 +176,6 @@ class _Stream:
                 return node
         found = f"no value {self.shape} that all of it follows from"
         raise PassError(f"the first layer, up to `{exit_.name}`", found, "a residual stream")
-
-
-def _token_values(root: fx.GraphModule) -> set[fx.Node]:
-    """What depends on what the tokens say; positions may be asked for with the tokens, but do not."""
-    readers = {node for node in placeholder(root.graph).users if node.target not in READS_SHAPE_ONLY}
-    told = {node for node in readers if getattr(_region(root, node), "kind", "") != "positions"}
-    return token_dependent(root.graph, told)
 
 
 # which cuts are the ends of blocks
