@@ -61,11 +61,7 @@ class OptimizerStep:
         parts = self.settings.accumulate
         with recomputing(self.program, self.settings.recompute):
             for part in zip(*(side.chunk(parts) for side in batch), strict=True):
-                lesson = None if lessons is None else lessons(part, first)
-                tokens, targets = (side.to(self.ranks.device) for side in self.ranks.stretch(part))
-                terms = compute_loss(self.program, (tokens, targets), self.settings, lesson)
-                (terms["loss"] / parts).backward()
-                total.add(terms, part[0].numel())
+                self._learn(part, None if lessons is None else lessons(part, first), total)
                 first += len(part[0])
         loss = total.mean(self.ranks)
         if not loss.is_finite:
@@ -73,6 +69,13 @@ class OptimizerStep:
             found = f"{loss.loss} ({told})"
             raise TrainError("loss", found, "a finite number", "a lower lr, or a longer warmup")
         return loss
+
+    def _learn(self, part: Batch, lesson: Lesson | None, total: LossSum) -> None:
+        """Add the gradient of one part; what it took, the lesson among it, goes before the next part."""
+        tokens, targets = (side.to(self.ranks.device) for side in self.ranks.stretch(part))
+        terms = compute_loss(self.program, (tokens, targets), self.settings, lesson)
+        (terms["loss"] / self.settings.accumulate).backward()
+        total.add(terms, part[0].numel())
 
     def clip(self) -> float:
         """Scale the gradients down to the norm `clip` where they exceed it; gives the norm before."""
