@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moec.ir.rewrite import Pass
     from moec.plan import Plan
     from moec.program import Program
+    from moec.teaching import teaching_of
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "compile",
     "load",
+    "teaching_of",
 ]
 
 _HOME = {
@@ -58,6 +60,7 @@ _HOME = {
     "Pass": "moec.ir.rewrite",
     "Plan": "moec.plan",
     "Program": "moec.program",
+    "teaching_of": "moec.teaching",
 }
 _ROOMS = ("capture", "cost", "ir", "passes", "plan", "runtime", "testing", "view")
 

@@ -6,7 +6,7 @@ Any `nn.Module` that has these methods can be trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -114,6 +114,16 @@ class LocalTrainable(Protocol):
 
     def whole_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The whole shape of each parameter, by the same names."""
+        ...
+
+
+@runtime_checkable
+class Tappable(Protocol):
+    """What a `Trainable` has besides when its hidden states can be heard."""
+
+    def tapped(self, layers: Iterable[int]) -> Trainable:
+        """The same over the same weights, in the same mode; the terms of its `run` hold `"hidden"` too: by
+        layer, what leaves it, `[B, S, D]`."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from moec.plan import Distill
 from moec.runtime.data import Batch
 from moec.runtime.distillation.identity import identity_of
-from moec.runtime.distillation.lesson import Lesson
+from moec.runtime.distillation.lesson import Lesson, TopWords
+from moec.runtime.distillation.top_words import top_words, words_of
 from moec.runtime.ranks import Ranks, ranks_of
 from moec.runtime.rng import borrowed_rng
-from moec.runtime.trainable import LocalTrainable, Trainable, in_mode
+from moec.runtime.trainable import LocalTrainable, Tappable, Trainable, in_mode
 
 
 class Teacher(Protocol):
@@ -35,11 +37,19 @@ class LiveTeacher:
 
     Its lessons lie on `ranks` as its logits do: those of the job that it is a part of, or those given, each
     of which holds the whole program and reads its stretch of a batch (expert capacity is then that of these
-    tokens alone). Where the student's lie otherwise, see `handover.as_read_by`.
+    tokens alone). Where the student's lie otherwise, see `handover.as_read_by`. `hidden`: for layers of the
+    student, the layer whose hidden states they are to have; the program is run `tapped` then.
     """
 
-    def __init__(self, program: Trainable, distill: Distill, ranks: Ranks | None = None) -> None:
-        self.program, self.distill = program, distill
+    def __init__(
+        self,
+        program: Trainable,
+        distill: Distill,
+        ranks: Ranks | None = None,
+        *,
+        hidden: Mapping[int, int] | None = None,
+    ) -> None:
+        self.program, self.distill, self.hidden = program, distill, dict(hidden or {})
         self.ranks = ranks_of(program) if ranks is None else ranks
 
     def identity(self) -> dict[str, Any]:
@@ -56,8 +66,23 @@ class LiveTeacher:
             borrowed_rng(self.ranks.device),
             torch.autocast(tokens.device.type, torch.bfloat16, enabled=narrow),
         ):
-            logits = self.program.run(self._readable(tokens))[0][: len(tokens)]
-        return Lesson(logits, self.distill)
+            logits, terms = self._running().run(self._readable(tokens))
+        hidden = {mine: terms["hidden"][its][: len(tokens)] for mine, its in self.hidden.items()}
+        return Lesson(self._told(logits[: len(tokens)]), self.distill, hidden)
+
+    def _told(self, logits: Tensor) -> Tensor | TopWords:
+        """What the lesson says of the words: all of them, or the likeliest."""
+        top_k, temperature = self.distill.top_k, self.distill.temperature
+        if top_k is None:
+            return logits
+        return top_words(logits, top_k, temperature, words_of(self.program, logits))
+
+    def _running(self) -> Trainable:
+        """The program, giving hidden states where the student is to hear them."""
+        if not self.hidden:
+            return self.program
+        assert isinstance(self.program, Tappable)
+        return self.program.tapped(self.hidden.values())
 
     def _readable(self, tokens: Tensor) -> Tensor:
         """A program that is whole reads one sequence at least; a rank may have none."""

@@ -114,7 +114,9 @@ def test_the_text_says_it_and_runs() -> None:
     tapped = program.tapped([1])
     assert '"hidden": {1: x_1b}}' in tapped.text()
     tokens = torch.randint(256, (1, 5))
-    found = bind(tapped.text(), tapped.graph)(tokens)
+    defined: dict[str, Any] = {}
+    exec(tapped.text(), defined)
+    found = bind(defined, tapped.graph)(tokens)
     assert torch.equal(found[1]["hidden"][1], tapped.run(tokens)[1]["hidden"][1])
 
 
