@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 
+from moec import ir
 from moec.capture import capture
 from moec.errors import PlanError
+from moec.ir import regions
+from moec.ir.graphs import graph_modules
 from moec.passes.pipeline import pipeline, placed
 from moec.passes.runner import Runner
 from moec.plan import Plan
@@ -82,13 +85,20 @@ def place(program: Program, world: int) -> Program:
 
     `program` stays as it is. Raises `PlanError` when the plan's axes do not divide the world.
     """
+    done = Runner(verify="off").run(unplaced(program), placed(program.plan or Plan(), world))
+    return Program.of(done, backend=program.backend).train(program.training)
+
+
+def unplaced(program: ir.Program) -> ir.Program:
+    """A fork that lies nowhere in particular: what a placed program was before."""
     bare = program.fork()
     bare.layout = None
-    for module in bare.graph.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+    for _, module in graph_modules(bare.graph):
+        for node in module.graph.nodes:
             node.meta.pop("placement", None)
-    done = Runner(verify="off").run(bare, placed(program.plan or Plan(), world))
-    return Program.of(done, backend=program.backend).train(program.training)
+    if bare.stage == "placed":
+        bare.stage = "sparse" if regions(bare.graph, "moe") else "structured"
+    return bare
 
 
 def _verify(asked: str | bool | None, plan: Plan) -> str:

@@ -304,7 +304,7 @@ class Program(ir.Program):
         or `depth` or `keep` does. `tokens` i64 [B, S]: text that importance is measured on. A dense program
         gets the experts of the plan's `[moe]` afterwards; one that has experts keeps them. The text of this
         program is the stage `teacher` of the other: `student.diff("teacher")`. Raises `PlanError` for layers
-        that are not there, and `PassError` where layers cannot be told apart or this program is placed.
+        that are not there, and `PassError` where layers cannot be told apart or this is the part of a rank.
         """
         from moec.students import student_of
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moec import ir
+from moec.api import unplaced
 from moec.errors import PassError, PlanError
 from moec.ir import region_of, regions
 from moec.ir.graphs import fork
@@ -37,7 +38,7 @@ def student_of(
     """`Program.student`: see there."""
     asked = _asked(teacher, plan, depth, keep)
     assert asked.student is not None
-    _require_whole(teacher)
+    teacher = _whole(teacher)
     layers = kept_layers(asked.student, len(blocks_of(teacher.graph)), _importance(teacher, asked, tokens))
     cut = asked.model_copy(
         update={"student": Student(keep=layers, init=asked.student.init, seed=asked.student.seed)}
@@ -68,11 +69,14 @@ def _asked(teacher: Program, plan: Any, depth: int | None, keep: Any) -> Plan:
     return found
 
 
-def _require_whole(teacher: Program) -> None:
-    if teacher.stage not in STAGES or teacher.layout is not None:
+def _whole(teacher: Program) -> Program:
+    """The teacher as it was before it was placed: a student is cut first, and placed afterwards."""
+    bare = Program.of(unplaced(teacher), teacher.backend) if teacher.stage == "placed" else teacher
+    if bare.stage not in STAGES or bare.layout is not None:
         found = f"a program at stage {teacher.stage}"
-        needed = "one at stage structured or sparse: a student is cut first, and placed afterwards"
+        needed = "a whole program, structured, sparse or placed: a student is cut first, then placed"
         raise PassError("program.student", found, needed)
+    return bare.train(teacher.training)
 
 
 def _importance(teacher: Program, plan: Plan, tokens: Tensor | None) -> list[float] | None:

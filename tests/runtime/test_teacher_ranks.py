@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moec.errors import PassError
 from moec.plan import Distill, Train
 from tests.runtime.taught_runs import learn_alone, learn_on_ranks, student_of, teacher_of, uneven_batches
 
@@ -90,3 +91,14 @@ def test_any_two_meshes(
     step = STEP.model_copy(update={"batch": parts * size, "accumulate": parts})
     distill = DISTILL.model_copy(update={"direction": direction})
     assert_alone_and_on_ranks(world, student, teacher, distill, step)
+
+
+def test_a_teacher_that_is_placed_has_the_students_of_one_that_is_not() -> None:
+    """A program trained with `[parallel]` is saved placed; a student of it is cut from what it was before."""
+    placed, whole = teacher_of(2, tensor=2), teacher_of()
+    found, expected = (teacher.student(depth=1, verify="off") for teacher in (placed, whole))
+    assert str(found) == str(expected)
+    assert (found.stage, found.layout) == ("sparse", None)
+    assert placed.stage == "placed"
+    with pytest.raises(PassError, match="cut first, then placed"):
+        placed.partition(0).student(depth=1)
