@@ -99,7 +99,7 @@ def store_lessons(
     with borrowed_rng(ranks.device), _shown(console, ranks, len(missing) * shard, data.sequence) as advance:
         for first in range(0, len(missing), ranks.mesh.data):
             group = missing[first : first + ranks.mesh.data]
-            told = _compute(teacher, data, facts, group, lambda n, group=group: advance(n * len(group)))
+            told = _compute(teacher, data, facts, group, advance)
             with ranks.together():
                 _write_own(root, facts, group, told, ranks)
     return StoredLessons(root, facts, samples, len(missing) * shard)
@@ -174,7 +174,7 @@ def _compute(
         said = teacher.lesson((tokens, targets), group[0] + start).told
         assert isinstance(said, TopWords)
         told.append(said)
-        advance(size)
+        advance(size * len(group))
     words = torch.cat([said.words for said in told]).cpu().numpy()
     log_shares = torch.cat([said.log_shares for said in told]).cpu().numpy()
     return facts.packed(words, log_shares)

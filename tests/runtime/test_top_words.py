@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moec.errors import OperatorError
 from moec.ir.mesh import TENSOR, Mesh
+from moec.runtime.distillation.lesson import TopWords
 from moec.runtime.distillation.losses import Words
 from moec.runtime.distillation.top_words import top_words
 from moec.runtime.ops import logits as logits_module
@@ -23,10 +24,11 @@ INF = torch.inf
 def oracle(logits_NV: Tensor, k: int, temperature: float) -> tuple[list[list[int]], Tensor]:
     """Words sorted by share, then by number, and the logarithms of their shares."""
     log_shares = (logits_NV.double() / temperature).log_softmax(1)
-    words = [
-        sorted(range(len(row)), key=lambda word, row=row: (-row[word], word))[:k]
-        for row in logits_NV.tolist()
-    ]
+    words = []
+    for row in logits_NV.tolist():
+        words.append(
+            sorted(range(len(row)), key=[(-share, word) for word, share in enumerate(row)].__getitem__)[:k]
+        )
     return words, log_shares.gather(1, torch.tensor(words).view(len(words), k))
 
 
@@ -79,10 +81,12 @@ def test_ranks(number: int, ranks: int, coarse: float) -> None:
         logits[0, : -(-number // ranks)] = -INF  # nothing on the first rank
     for k in {1, min(3, number), number}:
         whole = top_words(logits, k, 1.5, Words(number))
-        for told in run_ranks(
-            Mesh(tensor=ranks),
-            lambda rank, k=k: top_words(part(logits, rank, ranks, 1).detach(), k, 1.5, Words(number, TENSOR)),
-        ):
+
+        def body(rank: int, k: int = k) -> TopWords:
+            own = part(logits, rank, ranks, 1).detach()
+            return top_words(own, k, 1.5, Words(number, TENSOR))
+
+        for told in run_ranks(Mesh(tensor=ranks), body):
             likely = whole.log_shares > -INF  # which of the words without a share are named does not matter
             assert torch.equal(told.words[likely], whole.words[likely])
             assert error_of(told.log_shares, whole.log_shares) <= 1e-12

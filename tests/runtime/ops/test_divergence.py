@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_ranks(words: int, ranks: int, reverse: bool) -> None:
     logits, teacher = torch.randn(2, 5, words, dtype=torch.float64) * 4
     for temperature in (1.0, 7.0):
         assert_transposed(
-            logits, 1, ranks, lambda z, t=temperature: oracle(z, teacher, t, reverse),
+            logits, 1, ranks, partial(oracle, teacher=teacher, temperature=temperature, reverse=reverse),
             dealt(teacher, ranks, reverse, temperature),
         )  # fmt: skip
 
@@ -212,9 +213,11 @@ def test_ranks_meet_words_that_one_side_leaves_out(reverse: bool) -> None:
     logits, teacher = torch.randn(2, 3, 8, dtype=torch.float64)
     for student, told in ((masked(logits, 4, 5, 6, 7), teacher), (logits, masked(teacher, 4, 5, 6, 7))):
         needed = ops.divergence(student, told, 8, 1.0, reverse, "")
-        for made in run_ranks(
-            Mesh(tensor=2), lambda rank, s=student, t=told: dealt(t, 2, reverse, 1.0)(part(s, rank, 2, 1))
-        ):
+
+        def body(rank: int, student: Tensor = student, told: Tensor = told) -> Tensor:
+            return dealt(told, 2, reverse, 1.0)(part(student, rank, 2, 1))
+
+        for made in run_ranks(Mesh(tensor=2), body):
             assert error_of(made, needed) <= 1e-12
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -145,16 +146,12 @@ def test_words_that_both_leave_out(reverse: bool) -> None:
     kept = [0, 2, 3, 4]
     ones = torch.ones(4, dtype=F64)
     for words in (2, 4, 5):  # fewer than are left, all that are left, some that are not
-        made, gradient = pulled(
-            lambda z, k=words: ops.divergence_top(z, *told_of(both[1], k), 6, 1.0, reverse, ""),
-            both[0].clone().requires_grad_(), ones,
-        )  # fmt: skip
-        needed, slope = pulled(
-            lambda z, k=words: ops.divergence_top(
-                z, *told_of(teacher[:, kept], min(k, 4)), 4, 1.0, reverse, ""
-            ),
-            logits[:, kept].requires_grad_(), ones,
-        )  # fmt: skip
+        some, few = (
+            dealt(told_of(both[1], words), 6, reverse, 1.0, ""),
+            told_of(teacher[:, kept], min(words, 4)),
+        )
+        made, gradient = pulled(some, both[0].clone().requires_grad_(), ones)
+        needed, slope = pulled(dealt(few, 4, reverse, 1.0, ""), logits[:, kept].requires_grad_(), ones)
         assert error_of(made, needed) <= 1e-12
         assert error_of(gradient[:, kept], slope) <= 1e-12
         assert not gradient[:, [1, 5]].any()
@@ -196,10 +193,10 @@ def test_rows_are_worked_on_in_chunks(reverse: bool, monkeypatch: pytest.MonkeyP
 
 
 def dealt(
-    told: tuple[Tensor, Tensor], num_words: int, reverse: bool, temperature: float
+    told: tuple[Tensor, Tensor], num_words: int, reverse: bool, temperature: float, axis: str = TENSOR
 ) -> Callable[[Tensor], Tensor]:
     """The operator as each rank calls it: all words, its own logits."""
-    return lambda leaf: ops.divergence_top(leaf, *told, num_words, temperature, reverse, TENSOR)
+    return lambda leaf: ops.divergence_top(leaf, *told, num_words, temperature, reverse, axis)
 
 
 @pytest.mark.parametrize(("num_words", "ranks"), [*SIZES, (1, 2), (1, 4), (13, 4)])
@@ -209,7 +206,8 @@ def test_ranks(num_words: int, ranks: int, reverse: bool) -> None:
     for words, temperature in ((1, 1.0), (min(3, num_words), 7.0), (num_words, 2.0)):
         told = told_of(teacher, words, temperature)
         assert_transposed(
-            logits, 1, ranks, lambda z, told=told, t=temperature: oracle(z, *told, t, reverse),
+            logits, 1, ranks,
+            partial(oracle, words=told[0], log_shares=told[1], temperature=temperature, reverse=reverse),
             dealt(told, num_words, reverse, temperature),
         )  # fmt: skip
 
