@@ -36,11 +36,11 @@ class TrainingDisplay:
 
     def step(self, record: StepRecord) -> None:
         """Move the bar; without a terminal, print a line every `log_every` steps and for the last one."""
-        told = _told(record)
-        self._bar.update(self._task, completed=record.step, told=told)
+        self._bar.update(self._task, completed=record.step, told=_told(record, brief=True))
         if not self._console.is_terminal and (
             record.step % self._log_every == 0 or record.step == self._last
         ):
+            told = _told(record, brief=False)
             self._console.print(f"step {record.step}/{self._last}  {told}", highlight=False)
 
     def evaluation(self, record: EvaluationRecord) -> None:
@@ -62,11 +62,14 @@ class TrainingDisplay:
         self._bar.stop()
 
 
-def _told(record: StepRecord) -> str:
-    """The numbers of a step in a line."""
-    rest = f"balance {record.balance:.4f}  {record.tokens_per_second:,.0f} tokens/s"
+def _told(record: StepRecord, brief: bool) -> str:
+    """The numbers of a step in a line; `brief`: what fits beside a bar in a terminal of 80 columns."""
+    speed, balance = f"{record.tokens_per_second:,.0f} tokens/s", f"balance {record.balance:.4f}"
     if record.stage is None:
-        return f"loss {record.loss:.3f}  {rest}"
-    kl = "" if record.kl is None else f"kl {record.kl:.3f}  "
-    hidden = "" if record.hidden is None else f"hidden {record.hidden:.3f}  "
-    return f"stage {record.stage}  task {record.task:.3f}  {kl}{hidden}{rest}"
+        return f"loss {record.loss:.3f}  {balance}  {speed}"
+    far = {"kl": record.kl, "hidden": record.hidden}
+    teacher = [f"{name} {value:.3f}" for name, value in far.items() if value is not None]
+    stage = f"stage {record.stage}"
+    if brief:
+        stage, balance = "distill" if record.stage == "distill" else "task alone", ""
+    return "  ".join(part for part in (stage, f"task {record.task:.3f}", *teacher, balance, speed) if part)

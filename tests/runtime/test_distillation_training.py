@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import math
 import weakref
 from pathlib import Path
@@ -17,10 +18,11 @@ from moec.errors import TrainError
 from moec.plan import Distill, LayerSettings
 from moec.runtime.checkpoint import load_checkpoint
 from moec.runtime.data import TextData
+from moec.runtime.display import TrainingDisplay
 from moec.runtime.distillation.stages import Ending
 from moec.runtime.distillation.teacher import LiveTeacher
 from moec.runtime.distillation.teaching import LateTeacher, Teaching
-from moec.runtime.records import read_records
+from moec.runtime.records import StepRecord, read_records
 from moec.runtime.schedule import learning_rate
 from moec.runtime.snapshot import restore_random, restore_snapshot
 from moec.runtime.step import OptimizerStep
@@ -97,6 +99,21 @@ def test_lines_say_the_stage_and_when_it_ends(data: TextData, tmp_path: Path) ->
     assert third.startswith("step 3/4  stage task  task 5.")
     assert "kl" not in third + fourth
     assert "held-out loss" in last
+
+
+@pytest.mark.parametrize(
+    ("stage", "kl", "text"),
+    [
+        ("distill", 1.25, "distill  task 5.500  kl 1.250  12,346 tokens/s"),
+        ("task", None, "task alone  task 5.500  12,346 tokens/s"),
+    ],
+)
+def test_the_bar_says_it_in_80_columns(stage: Any, kl: float | None, text: str) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    record = StepRecord(12345, 8.0, 5.5, 0.01, 0.0, 1e-3, 1.0, 12345.6, {}, kl=kl, stage=stage)
+    with TrainingDisplay(screen, 0, 20000, 10) as display:
+        display.step(record)
+    assert f" {text} " in screen.file.getvalue()
 
 
 def test_the_end_of_the_run_is_no_ending_of_the_teacher(data: TextData, tmp_path: Path) -> None:
