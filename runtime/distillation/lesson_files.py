@@ -31,7 +31,7 @@ from moec.runtime.checkpoint import digest_of, sync
 FORMAT = "moec lessons"
 VERSION = 1
 MANIFEST = "manifest.json"
-_DRAFT = ".storing-"
+_DRAFT, _HEADER = ".storing-", "lessons"
 _SHARES: dict[str, type[np.floating[Any]]] = {"f32": np.float32, "f16": np.float16}
 _SHORT_WORDS = 2**16  # words of smaller vocabularies are kept in two bytes
 
@@ -128,7 +128,8 @@ def write_shard(folder: Path, facts: Facts, first: int, shard: Shard) -> None:
     path = shard_path(folder, first)
     draft = folder / f"{_DRAFT}{path.name}"
     tensors = {"words": words, "log_shares": log_shares}
-    safetensors.numpy.save_file(tensors, draft, metadata=header)
+    # In one entry: safetensors writes several in any order, and the same lessons are to be the same bytes.
+    safetensors.numpy.save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
     draft.chmod(folder.stat().st_mode & 0o666)  # safetensors lets the owner alone read its files
     _put(draft, path)
 
@@ -153,8 +154,8 @@ def read_shard(folder: Path, facts: Facts, first: int) -> Shard:
         if set(file.keys()) != {"words", "log_shares"}:
             raise _refused(path, f"tensors {', '.join(sorted(file.keys()))}")
         shard = file.get_tensor("words"), file.get_tensor("log_shares")
-        if file.metadata().get("digest") != _digest(facts, first, shard):
-            raise _refused(path, "other bytes than were stored (their digest differs)")
+    if _header(path).get("digest") != _digest(facts, first, shard):
+        raise _refused(path, "other bytes than were stored (their digest differs)")
     return shard
 
 
@@ -167,8 +168,9 @@ def clear_drafts(folder: Path) -> None:
 def _header(path: Path) -> Mapping[str, str]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return dict(file.metadata() or {})
-    except safetensors.SafetensorError as error:
+            told = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            return told if isinstance(told, dict) else {}
+    except (safetensors.SafetensorError, ValueError) as error:
         raise _refused(path, "a file cut short or overwritten (not readable as safetensors)") from error
 
 
