@@ -54,7 +54,8 @@ def write_plan(folder: Path, *, steps: int = 60, timeout: float = 60, name: str 
 
 
 class Job:
-    """`moec train` of the tiny GPT in `folder`, into `folder/run`; a context that leaves nothing running."""
+    """`moec train` (or another command) of the tiny GPT in `folder`, into `folder/run`; a context that leaves
+    nothing running."""
 
     def __init__(
         self,
@@ -63,16 +64,17 @@ class Job:
         module: list[str] | None = None,
         env: Mapping[str, object] | None = None,
         model: str = GPT,
+        command: str = "train",
     ) -> None:
         self.folder, self.run = folder, folder / "run"
         if not (folder / "plan.toml").exists():
             write_plan(folder)
         (folder / "text.txt").write_text("abc abd abe " * 100)
         given = ["--plan", "plan.toml"] if ":" in model else []
-        command = [sys.executable, *(module or ["-m", "moec"]), "train", model, *given]
-        command += ["--data", "text.txt", "--out", "run", *map(str, words)]
+        line = [sys.executable, *(module or ["-m", "moec"]), command, model, *given]
+        line += ["--data", "text.txt", "--out", "run", *map(str, words)]
         self.process = subprocess.Popen(
-            command, cwd=folder, env=environment(**(env or {})), text=True, start_new_session=True,
+            line, cwd=folder, env=environment(**(env or {})), text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
