@@ -67,7 +67,14 @@ STUDENTS: Mapping[str, Mapping[str, Any]] = {
     for start, init in (("of its layers", "teacher"), ("from scratch", "fresh"))
     for arm, how in ARMS.items()
 }
-VARIANTS = {**SPARSE, **STUDENTS}
+#: A teacher that has learned for twice as long, and students from scratch that learn from it.
+LONGER = f"{TEACHER}, twice the steps"
+LATER: Mapping[str, Mapping[str, Any]] = {LONGER: SPARSE[TEACHER]} | {
+    f"student from scratch, better {arm}": {"student": {"depth": 7, "init": "fresh"}, "distill": how}
+    for arm, how in ARMS.items()
+    if how is not None
+}
+VARIANTS = {**SPARSE, **STUDENTS, **LATER}
 TRAIN = Train(
     steps=600, batch=32, sequence=64, lr=3e-3, warmup=60, betas=(0.9, 0.99), eval_every=150,
     eval_batches=8, save_every=0, log_every=100,
@@ -79,10 +86,11 @@ def train_once(variant: str, seed: int, settings: Train, data: TextData, work: P
     """Train `variant` with `seed`, keep its program in `work`, and measure it on held-out text."""
     settings = settings.model_copy(update={"seed": seed})
     plan = plan_of(variant, seed)
-    program = student_of(plan, seed, work) if plan.student else fresh(plan, seed)
+    program = beginning(variant, seed, work)
     teaching = None
     if plan.distill is not None:
-        teacher = LiveTeacher(moec.load(folder_of(TEACHER, seed, work)), plan.distill)
+        known = LONGER if variant in LATER else TEACHER
+        teacher = LiveTeacher(moec.load(folder_of(known, seed, work)), plan.distill)
         teaching = Teaching(teacher, plan.distill, settings.steps)
     with tempfile.TemporaryDirectory() as folder:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -104,6 +112,14 @@ def plan_of(variant: str, seed: int) -> Plan:
     for drawn in tables.keys() & {"moe", "student"}:
         tables[drawn]["seed"] = seed
     return Plan.resolve(tables)
+
+
+def beginning(variant: str, seed: int, work: Path) -> Program:
+    """What a variant is before it is trained."""
+    plan = plan_of(variant, seed)
+    if plan.student is not None:
+        return student_of(plan, seed, work)
+    return moec.load(folder_of(TEACHER, seed, work)) if variant == LONGER else fresh(plan, seed)
 
 
 def fresh(plan: Plan, seed: int) -> Program:
@@ -169,7 +185,7 @@ def tables(runs: list[Run]) -> dict[str, str]:
     first = next(iter(STUDENTS))
     return {
         "sparse_models": table(runs, SPARSE, "dense"),
-        "students": table(runs, {TEACHER: None, **STUDENTS}, first),
+        "students": table(runs, {TEACHER: None, **STUDENTS, **LATER}, first),
     }
 
 
