@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.ir import Region, region_of
@@ -172,9 +172,3 @@ def _alone(user: fx.Node) -> bool:
         return False
     values = [given for given in user.args[:2] if tensor(given) is not None]
     return len(set(values)) < 2
-
-
-def is_parameter(root: fx.GraphModule, name: str) -> bool:
-    """Whether the structural name is that of a parameter, not of a buffer."""
-    owner, _, leaf = name.rpartition(".")
-    return isinstance(root.get_submodule(owner)._parameters.get(leaf), nn.Parameter)
