@@ -7,7 +7,8 @@ Everything it needs is handed in, everything it makes lies in `out_dir`:
     out_dir/tensorboard/      the same for TensorBoard, where it is installed
 
 A run that was stopped and resumed takes the same steps, bit for bit, as one that was not: batches are a
-function of the position in the data, and the checkpoint holds everything else (see `snapshot.py`).
+function of the position in the data, and the checkpoint holds everything else (see `snapshot.py`). With a
+teacher that is how long it was waited for, and which one it was.
 
 The parts of a program that the ranks of a job hold train together: every rank runs a trainer with the same
 settings and data, the first writes the records and shows the progress, and each writes what it holds into the
@@ -75,9 +76,10 @@ class TrainResult:
 class Trainer:
     """Trains `program` in place on `data` as `settings` say.
 
-    `plan` is only stored in checkpoints, for whoever finds them. `console` shows progress; pass
-    `Console(quiet=True)` for silence. A sequence length other than that of `data`, or data outside the
-    program's vocabulary, is an error here, before anything is written.
+    `teaching`: a teacher that is listened to until its last stage; it is let go then, and the steps that
+    follow are those of a trainer without one. `plan` is only stored in checkpoints, for whoever finds them.
+    `console` shows progress; pass `Console(quiet=True)` for silence. A sequence length other than that of
+    `data`, or data outside the program's vocabulary, is an error here, before anything is written.
     """
 
     def __init__(
@@ -214,10 +216,9 @@ class Trainer:
         display.evaluation(record)
 
     def _begin_teaching(self, step: int, stages: Mapping[str, Any] | None = None) -> None:
-        """Open the teacher, if it has a say in the steps after `step`."""
+        """Open the teacher, if it has a say in the steps after `step`; before draws and weights are set."""
         if self.teaching is not None:
-            with borrowed_rng(self._ranks.device):
-                self.teaching.begin(self.program, step, stages)
+            self.teaching.begin(self.program, step, stages)
 
     def _end_teaching(self, display: TrainingDisplay) -> None:
         """Let the teacher go once it has said its last, and say so."""

@@ -142,6 +142,7 @@ KILLED_WHILE_LEARNING = """
 import os, pathlib, signal, sys
 import torch
 from moec.runtime.checkpoint import latest_checkpoint
+from moec.plan import Distill
 from tests.runtime.test_distillation_resume import late
 from tests.runtime.tiny import TinyProgram, tiny_text
 from tests.runtime.tiny_teaching import taught
@@ -156,13 +157,16 @@ class Dying(TinyProgram):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().loss_terms(*args, **kwargs)
 
+class Told(list):
+    def append(self, value):
+        print("opened", flush=True)
+
 def learn(left):
-    student, opened = Dying(dropout=0.2), []
+    student, distill = Dying(dropout=0.2), Distill(stop=0.6, patience=4)
     student.left = left
-    run = taught(student, data, root / "run", teacher=late(opened), accumulate=2, save_every=2, eval_every=2)
-    resume = latest_checkpoint(root / "run") is not None
-    told = run.run(resume=resume)
-    print("done", len(told.history), len(opened), flush=True)
+    how = {"accumulate": 2, "save_every": 2, "eval_every": 2, "distill": distill}
+    run = taught(student, data, root / "run", teacher=late(Told(), distill), **how)
+    run.run(resume=latest_checkpoint(root / "run") is not None)
 
 for left in map(int, sys.argv[2:]):
     child = os.fork()
@@ -176,18 +180,18 @@ for left in map(int, sys.argv[2:]):
 
 
 def test_a_process_killed_in_each_stage_goes_on_to_the_bit(data: TextData, tmp_path: Path) -> None:
-    whole = TinyProgram(dropout=0.2)
-    changes: dict[str, Any] = {"accumulate": 2, "save_every": 2, "eval_every": 2}
-    expected = taught(whole, data, tmp_path / "whole", teacher=late([]), **changes).run()
-    # before any checkpoint; in the teacher's stage; in the last step of it; right after the switch; later
+    whole, distill = TinyProgram(dropout=0.2), Distill(stop=0.6, patience=4)
+    changes: dict[str, Any] = {"accumulate": 2, "save_every": 2, "eval_every": 2, "distill": distill}
+    expected = taught(whole, data, tmp_path / "whole", teacher=late([], distill), **changes).run()
+    # before any checkpoint; while the teacher speaks, twice; after the checkpoint of the switch; later
     places = ["2", "6", "6", "5", "5", "99"]
     command = [sys.executable, "-c", KILLED_WHILE_LEARNING, str(tmp_path), *places]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "True None", "True step-00000002", "True step-00000004", "True step-00000006", "True step-00000008",
-        "done 2 0", "False step-00000010",
+        "opened", "True None", "opened", "True step-00000002", "opened", "True step-00000004",
+        "opened", "True step-00000006", "True step-00000008", "False step-00000010",
     ]  # fmt: skip
     saved = load_checkpoint(tmp_path / "run/step-00000010")
     assert_equal_states(dict(saved.tensors["parameters"]), dict(whole.named_parameters()))
