@@ -16,7 +16,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,13 @@ CONFIG = GPTConfig(vocab=256, seq=64, layers=8, width=64, heads=4, dropout=0.0)
 MOE = {"layers": "1::2", "experts": 8, "gate": "probability", "balance_loss": 0.01, "init": "copy"}
 PYRAMID = {"residual": "learned", "override": [{"layers": "-2:", "experts": 16}]}
 TEACHER = "PR-MoE 8/16"
+SUMMED = f"{TEACHER}, summed"
 SPARSE: Mapping[str, Mapping[str, Any]] = {
     "dense": {},
     "MoE 8": {"moe": MOE},
     "MoE 32": {"moe": MOE | {"experts": 32}},
     TEACHER: {"moe": MOE | PYRAMID},
-    f"{TEACHER}, summed": {"moe": MOE | PYRAMID | {"residual": "sum"}},
+    SUMMED: {"moe": MOE | PYRAMID | {"residual": "sum"}},
     "MoE 8, first half": {"moe": MOE | {"layers": [1, 3]}},
     "MoE 8, second half": {"moe": MOE | {"layers": [5, 7]}},
 }
@@ -67,14 +68,15 @@ STUDENTS: Mapping[str, Mapping[str, Any]] = {
     for start, init in (("of its layers", "teacher"), ("from scratch", "fresh"))
     for arm, how in ARMS.items()
 }
-#: A teacher that has learned for twice as long, and students from scratch that learn from it.
-LONGER = f"{TEACHER}, twice the steps"
-LATER: Mapping[str, Mapping[str, Any]] = {LONGER: SPARSE[TEACHER]} | {
+#: Sparse models that have learned for twice as long: another run of as many steps, from where the first one ended.
+LONGER: Mapping[str, str] = {f"{name}, twice": name for name in SPARSE if name not in ("dense", SUMMED)}
+#: Students from scratch of a teacher that has learned for twice as long.
+BETTER: Mapping[str, Mapping[str, Any]] = {
     f"student from scratch, better {arm}": {"student": {"depth": 7, "init": "fresh"}, "distill": how}
     for arm, how in ARMS.items()
     if how is not None
 }
-VARIANTS = {**SPARSE, **STUDENTS, **LATER}
+VARIANTS = {**SPARSE, **STUDENTS, **{name: SPARSE[base] for name, base in LONGER.items()}, **BETTER}
 TRAIN = Train(
     steps=600, batch=32, sequence=64, lr=3e-3, warmup=60, betas=(0.9, 0.99), eval_every=150,
     eval_batches=8, save_every=0, log_every=100,
@@ -89,7 +91,7 @@ def train_once(variant: str, seed: int, settings: Train, data: TextData, work: P
     program = beginning(variant, seed, work)
     teaching = None
     if plan.distill is not None:
-        known = LONGER if variant in LATER else TEACHER
+        known = f"{TEACHER}, twice" if variant in BETTER else TEACHER
         teacher = LiveTeacher(moec.load(folder_of(known, seed, work)), plan.distill)
         teaching = Teaching(teacher, plan.distill, settings.steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +121,9 @@ def beginning(variant: str, seed: int, work: Path) -> Program:
     plan = plan_of(variant, seed)
     if plan.student is not None:
         return student_of(plan, seed, work)
-    return moec.load(folder_of(TEACHER, seed, work)) if variant == LONGER else fresh(plan, seed)
+    if variant in LONGER:
+        return moec.load(folder_of(LONGER[variant], seed, work))
+    return fresh(plan, seed)
 
 
 def fresh(plan: Plan, seed: int) -> Program:
@@ -153,7 +157,7 @@ def conditions(settings: Train) -> dict[str, Any]:
 # the page
 
 
-def table(runs: list[Run], variants: Mapping[str, Any], against: str) -> str:
+def table(runs: list[Run], variants: Iterable[str], against: str) -> str:
     """The results of `variants` as a Markdown table, each compared with `against`."""
     heads = [
         "model",
@@ -182,10 +186,15 @@ def _cells(variant: str, own: list[Run], base: Mapping[int, float]) -> list[str]
 
 def tables(runs: list[Run]) -> dict[str, str]:
     """The tables of the page, by the name of their marks."""
-    first = next(iter(STUDENTS))
+    alone = {start: f"student {start}, no teacher" for start in ("of its layers", "from scratch")}
+    by_start = {start: [name for name in STUDENTS if start in name] for start in alone}
     return {
         "sparse_models": table(runs, SPARSE, "dense"),
-        "students": table(runs, {TEACHER: None, **STUDENTS, **LATER}, first),
+        "sparse_models_longer": table(runs, LONGER, "MoE 8, twice"),
+        "students_of_its_layers": table(runs, [TEACHER, *by_start["of its layers"]], alone["of its layers"]),
+        "students_from_scratch": table(
+            runs, [f"{TEACHER}, twice", *by_start["from scratch"], *BETTER], alone["from scratch"]
+        ),
     }
 
 
