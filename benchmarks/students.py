@@ -68,7 +68,8 @@ STUDENTS: Mapping[str, Mapping[str, Any]] = {
     for start, init in (("of its layers", "teacher"), ("from scratch", "fresh"))
     for arm, how in ARMS.items()
 }
-#: Sparse models that have learned for twice as long: another run of as many steps, from where the first one ended.
+#: Sparse models that have learned for twice as long: another run of as many steps, on other text, from where
+#: the first one ended.
 LONGER: Mapping[str, str] = {f"{name}, twice": name for name in SPARSE if name not in ("dense", SUMMED)}
 #: Students from scratch of a teacher that has learned for twice as long.
 BETTER: Mapping[str, Mapping[str, Any]] = {
@@ -82,11 +83,12 @@ TRAIN = Train(
     eval_batches=8, save_every=0, log_every=100,
 )  # fmt: skip
 FINAL_BATCHES = 125
+OTHER_TEXT = 100
 
 
 def train_once(variant: str, seed: int, settings: Train, data: TextData, work: Path) -> Run:
     """Train `variant` with `seed`, keep its program in `work`, and measure it on held-out text."""
-    settings = settings.model_copy(update={"seed": seed})
+    settings = settings.model_copy(update={"seed": seed + OTHER_TEXT * (variant in LONGER)})
     plan = plan_of(variant, seed)
     program = beginning(variant, seed, work)
     teaching = None
