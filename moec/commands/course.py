@@ -21,6 +21,7 @@ from moec.runtime.data import TextData, load_text
 from moec.runtime.distillation.identity import identity_of_saved
 from moec.runtime.distillation.stages import Stages
 from moec.runtime.vocabulary import Vocabulary
+from moec.teaching import require_fitting
 
 #: Tables of a plan that say what a student is; the others may change when a run goes on.
 SHAPING = ("student", "moe", "compile")
@@ -57,9 +58,10 @@ def course_of(run: Distillation) -> Course:
         _require_same_teacher(run, identity)
     student = _student(run, plan, teacher)
     words = _words(run, teacher, student)
-    for program in (student, teacher.program) if teacher is not None else (student,):
-        require_room(program, settings)
-    _require_same_vocabulary(run, student, teacher)
+    require_room(student, settings)
+    if teacher is not None:
+        require_room(teacher.program, settings)
+        require_fitting(student, teacher.program, settings, terms)
     data = load_text(*run.data, sequence=settings.sequence, vocabulary=words)
     data.require_vocabulary(student.source.vocabulary)
     return Course(run, plan, settings, terms, teacher, identity, student, words, data)
@@ -141,10 +143,12 @@ def _record(run: Distillation) -> Mapping[str, Any]:
 
 
 def _is_gone(run: Distillation, record: Mapping[str, Any], terms: Distill, settings: Train) -> bool:
-    """Whether the teacher is not there, nor needed for what is left of the run."""
+    """Whether the teacher is not there, nor needed for what is left of the run: it has said its last, or
+    what it says is stored."""
     stages = Stages(terms, settings.steps)
     stages.restore(record["stages"], record["step"])
-    return not stages.teaches(record["step"]) and not is_saved_program(run.model)
+    silent = not stages.teaches(record["step"]) or run.lessons is not None
+    return silent and not is_saved_program(run.model)
 
 
 def _require_same_teacher(run: Distillation, known: Mapping[str, Any]) -> None:
@@ -191,12 +195,3 @@ def _words(run: Distillation, teacher: Outline | None, student: Program) -> Voca
         needed = f"'{known.name}' ({known.digest[:12]}), as the teacher"
         raise DataError("tokenizer", found, needed)
     return open_tokenizer(run.tokenizer, known or own, "the teacher" if known else "the student")
-
-
-def _require_same_vocabulary(run: Distillation, student: Program, teacher: Outline | None) -> None:
-    if teacher is None:
-        return
-    ours, theirs = student.source.vocabulary, teacher.program.source.vocabulary
-    if ours != theirs:
-        found = f"a student of {ours} tokens, and a teacher of {theirs}"
-        raise DataError(run.student or run.model, found, "one vocabulary for both")

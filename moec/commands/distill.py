@@ -19,17 +19,18 @@ from rich.console import Console
 from moec.commands.asked import Distillation
 from moec.commands.course import Course, course_of
 from moec.commands.learn import finish
+from moec.commands.lessons import require_fitting_lessons, stored_teacher
 from moec.commands.programs import program_of
 from moec.commands.screen import show, show_table
 from moec.commands.tokenizer import record_tokenizer
 from moec.local_program import LocalProgram
 from moec.models import is_saved_program
 from moec.program import Program
-from moec.runtime.distillation.handover import as_read_by
-from moec.runtime.distillation.teacher import LiveTeacher, Teacher
+from moec.runtime.distillation.teacher import Teacher
 from moec.runtime.distillation.teaching import LateTeacher, Teaching
 from moec.runtime.evaluate import evaluate
 from moec.runtime.train import Trainer, TrainResult
+from moec.teaching import teacher_of
 
 ABOUT = "teacher.json"
 
@@ -51,17 +52,22 @@ class Called:
     def hand_over(self) -> Program:
         """The program, to keep; the next call opens it anew."""
         program = self.program()
-        self._held.clear()
+        self.let_go()
         return program
+
+    def let_go(self) -> None:
+        """Hold nothing."""
+        self._held.clear()
 
 
 def distill(run: Distillation) -> int:
     """Distil in this process, save the trained student in `out/program`; gives the exit status."""
     course = course_of(run)
+    require_fitting_lessons(course)
     console = Console(stderr=run.as_json)
-    tell_terms(course, console)
     teacher = Called(lambda: program_of(run.model, trust=run.trust))
     student = begun(course, teacher)
+    tell_terms(course, console)
     if not run.resume:
         student.save(run.start)
         write_about(course, teacher)
@@ -120,9 +126,16 @@ def teaching(course: Course, teacher: Called, student: Program) -> Teaching:
     """The teacher in this run, opened where it has a say."""
 
     def opened() -> Teacher:
-        return as_read_by(LiveTeacher(teacher.hand_over(), course.terms), student)
+        if course.asked.lessons is not None:
+            stored = stored_teacher(course, teacher.hand_over, student)
+            teacher.let_go()  # it was looked at, and is not needed where all was stored
+            return stored
+        return teacher_of(teacher.hand_over(), student, course.terms)
 
-    return Teaching(LateTeacher(opened, course.identity), course.terms, course.settings.steps)
+    made = Teaching(LateTeacher(opened, course.identity), course.terms, course.settings.steps)
+    if not made.stages.last:
+        teacher.let_go()
+    return made
 
 
 # what is told of teacher and student

@@ -13,7 +13,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from moec.api import place as placed
-from moec.commands.asked import Distillation, require_right_folder
+from moec.commands.asked import Distillation
 from moec.commands.course import Course, course_of
 from moec.commands.distill import (
     Called,
@@ -26,6 +26,7 @@ from moec.commands.distill import (
     write_about,
 )
 from moec.commands.job import place_in_job
+from moec.commands.lessons import require_fitting_lessons
 from moec.commands.programs import part_of, program_of
 from moec.commands.ranks import TrainingRank, start_ranks
 from moec.ir.mesh import Mesh
@@ -46,8 +47,7 @@ def distill_anywhere(run: Distillation) -> int:
         return DistillingRank(run, place).run()
     if run.nproc is None:
         return distill(run)
-    require_right_folder(run)
-    course_of(replace(run, nproc=None))  # mistakes that need no processes to be seen
+    require_fitting_lessons(course_of(run))  # mistakes that need no processes to be seen
     return start_ranks(run, run.nproc)
 
 
@@ -65,6 +65,7 @@ class DistillingRank(TrainingRank):
             agree("teacher", run.model)
             agree("plan", Plan.resolve(run.plan).to_toml())
         course = course_of(replace(run, resume=self._resumes()))
+        require_fitting_lessons(course)
         local = self._student(course)
         mesh = local.layout.mesh
         if course.teacher is not None:
