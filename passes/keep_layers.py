@@ -28,9 +28,10 @@ from moec.plan.depth import kept_layers
 from .blocks import Block, ancestors, blocks_of, logits_of
 from .collect_terms import collect_terms
 from .layer_names import LayerNames
-from .name_values import rename_root
+from .name_values import rename_regions, rename_root
 from .prove_layers import prove_layers
 from .renumber_layers import names_by_block, renumber_layers
+from .trim_positions import trim_positions
 
 STAGES = ("structured", "sparse")
 
@@ -67,7 +68,9 @@ class KeepLayers(Pass):
         output(root.graph).args = (logits_of(root.graph),)
         _leave_out(dropped)
         drop_unused(root)
+        trim_positions(root)
         renumber_layers(program, names, [block.index for block in dropped])
+        rename_regions(root, ("positions",))
         rename_root(root)
         collect_terms(root)
         root.recompile()

@@ -30,6 +30,11 @@ class LayerNames:
         for prefix, numbers in _lists(names).items():
             self._add(prefix, numbers, len(names), list(keep))
 
+    @property
+    def blocks(self) -> str:
+        """The list that every block has a number in, `transformer.h.`; '' where there is none."""
+        return next((prefix for prefix in self._shift if prefix.endswith(".")), "")
+
     def _add(self, prefix: str, numbers: Mapping[int, int], num_blocks: int, keep: list[int]) -> None:
         """`numbers`: block → its number in this list."""
         stay = [block for block in keep if block in numbers]

@@ -16,6 +16,7 @@ Contract: exact.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from torch import Tensor, fx
 from moec.ir import Pass, Program, Region, region_of
 from moec.ir.dependence import token_dependent
 from moec.ir.graphs import graph_modules, output
+from moec.ir.region import KINDS
 
 from .names import Names, rename
 from .position_names import position_word
@@ -45,13 +47,18 @@ class NameValues(Pass):
 
     def apply(self, program: Program) -> Program:
         """Names for the regions first, which look at what the root calls them with; then for the root."""
-        root = program.graph
-        takes, gives = _inputs(root), _position_words(root)
-        for name, module in graph_modules(root):
-            if name:
-                rename(module, region_names(module, takes[name], gives.get(name, ())))
-        rename_root(root)
+        rename_regions(program.graph)
+        rename_root(program.graph)
         return program
+
+
+def rename_regions(root: fx.GraphModule, kinds: Collection[str] = KINDS) -> None:
+    """Name the values inside the regions of these kinds, in place, by what the root calls them with."""
+    takes, gives = _inputs(root), _position_words(root)
+    for name, module in graph_modules(root):
+        region = region_of(module)
+        if region is not None and region.kind in kinds:
+            rename(module, region_names(module, takes[name], gives.get(name, ())))
 
 
 def rename_root(root: fx.GraphModule) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 
 from moec.errors import PassError
 from moec.ir import Entry, Ledger, Origin, Origins, Program, Region, region_of, regions
-from moec.ir.graphs import graph_modules, place
+from moec.ir.graphs import graph_modules, named_weights, place
+from moec.ir.outline import relative_names
 
 from .blocks import Block
 from .layer_names import LayerNames
@@ -27,11 +28,13 @@ class Numbering:
     """What is called how from now on.
 
     `regions`: old name → new name, of the regions that are left. `weights`: the user's name → the new one, of
-    the weights that are left. `names`: for every other name and path.
+    the weights that are left. `structural`: the structural name of each of them → the new one. `names`: for
+    every other name and path.
     """
 
     regions: Mapping[str, str]
     weights: Mapping[str, str]
+    structural: Mapping[str, str]
     names: LayerNames
 
 
@@ -75,7 +78,8 @@ def _paths_of(program: Program, block: Block) -> set[str]:
 
 def _numbering(program: Program, names: LayerNames) -> Numbering:
     left = regions(program.graph)
-    sources = [origin.source for name, origin in program.origins.items() if _is_left(program, name)]
+    rows = {name: origin for name, origin in program.origins.items() if _is_left(program, name)}
+    sources = [origin.source for origin in rows.values()]
     known = dict.fromkeys([source for source in sources if source])
     other = _other_names(program.source.aliases)
     weights = {name: _first_left([name, *other.get(name, ())], names) for name in known}
@@ -84,7 +88,11 @@ def _numbering(program: Program, names: LayerNames) -> Numbering:
         raise PassError(
             "the names of the layers", f"two weights that would be `{twice}`", "one weight a name"
         )
-    return Numbering(_region_names(left), weights, names)
+    renamed = _region_names(left)
+    here = list(dict.fromkeys(name for name, _ in named_weights(program.graph)))
+    structural = {name: _structural(name, renamed, weights, names) for name in here}
+    tables = {name: _table(name, rows, weights, names) for name in here if name.startswith("positions.")}
+    return Numbering(renamed, weights, structural | _relative(tables), names)
 
 
 def _is_left(program: Program, structural: str) -> bool:
@@ -124,16 +132,37 @@ def _region_names(left: Mapping[str, fx.GraphModule]) -> dict[str, str]:
     return found
 
 
-def _structural(name: str, numbering: Numbering) -> str:
-    """The structural name of a weight: in its region, or at the root under the user's name."""
+def _structural(name: str, renamed: Mapping[str, str], weights: Mapping[str, str], names: LayerNames) -> str:
+    """The new structural name of a weight: in its region, or at the root under the user's name."""
     first, _, rest = name.partition(".")
-    if first in numbering.regions:
-        return f"{numbering.regions[first]}.{_leaf(rest, numbering)}"
-    return _leaf(name, numbering)
+    inside = renamed.get(first)
+    leaf = rest if inside is not None else name
+    found = weights.get(leaf) or names.new(leaf) or leaf
+    return found if inside is None else f"{inside}.{found}"
 
 
-def _leaf(name: str, numbering: Numbering) -> str:
-    return numbering.weights.get(name) or numbering.names.new(name) or name
+def _table(name: str, rows: Mapping[str, Origin], weights: Mapping[str, str], names: LayerNames) -> str:
+    """The user's new name of what positions read. A table that is in no state dict has no origin: of its name
+    is left what told it apart, `0.attn.slopes`."""
+    if name in rows:
+        return weights[rows[name].source or ""]
+    leaf = name.removeprefix("positions.")
+    full = f"{names.blocks}{leaf}" if leaf.split(".")[0].isdigit() else leaf
+    return names.new(full) or full
+
+
+def _relative(tables: Mapping[str, str]) -> dict[str, str]:
+    """What positions read of several layers is called by what tells it apart, `0.attn.slopes`, if anything:
+    structural name → new one, of structural name → the user's."""
+    relative, taken = relative_names(tables.values()), set[str]()
+    found = {}
+    for name, public in tables.items():
+        leaf = relative[public]
+        while leaf in taken:
+            leaf += "_"
+        taken.add(leaf)
+        found[name] = f"positions.{leaf}"
+    return found
 
 
 # records
@@ -145,20 +174,39 @@ def _origins(program: Program, numbering: Numbering) -> Origins:
         if _is_left(program, name):
             source = numbering.weights[origin.source] if origin.source else None
             was = program.origins.public_name(name)
-            rows[_structural(name, numbering)] = replace(origin, source=source, teacher=was)
+            rows[numbering.structural[name]] = replace(origin, source=source, teacher=was)
     return Origins(rows)
 
 
 def _ledger(program: Program, numbering: Numbering, dropped: Sequence[int]) -> Ledger:
-    entries = [
-        _entry(entry, program, numbering) for entry in program.ledger if entry.weight in numbering.weights
-    ]
+    left = [entry for entry in program.ledger if entry.weight in numbering.weights]
+    entries = [_entry(entry, program, numbering) for entry in left]
+    if any(numbering.names.new(entry.weight) is None for entry in left):
+        places = _places(program, numbering)  # a shared weight, which a later layer is now the first to read
+        entries.sort(key=lambda entry: places.get(entry.weight, len(places)))
     if not dropped:
         return Ledger(entries, program.ledger.notes)
     numbers = ", ".join(map(str, dropped))
     return Ledger(entries, program.ledger.notes).note(
         f"layer{'s' if len(dropped) > 1 else ''} {numbers} dropped"
     )
+
+
+def _places(program: Program, numbering: Numbering) -> dict[str, int]:
+    """The user's new names of weights → the place in the program, still with its old names, of the first call
+    that reads them."""
+    calls: dict[str, int] = {}
+    for place, node in enumerate(program.graph.graph.nodes):
+        read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+        for target in [*read, str(node.target)]:
+            calls.setdefault(target, place)
+    found: dict[str, int] = {}
+    for old, new in numbering.structural.items():
+        source = program.origins[new].source if new in program.origins else None
+        place = calls.get(old, calls.get(old.split(".")[0]))
+        if source and place is not None:
+            found[source] = min(place, found.get(source, place))
+    return found
 
 
 def _entry(entry: Entry, program: Program, numbering: Numbering) -> Entry:
@@ -198,7 +246,7 @@ def _rename_in_graph(root: fx.GraphModule, numbering: Numbering) -> None:
     for name, module in graph_modules(root):
         outer = f"{name}." if name else ""
         own = {n for n, _, _, _ in _own_weights(module)}
-        renamed = {n: _structural(f"{outer}{n}", numbering) for n in own}
+        renamed = {n: numbering.structural[f"{outer}{n}"] for n in own}
         if name:
             renamed = {n: new.partition(".")[2] for n, new in renamed.items()}
         _rename_weights(module, renamed)
