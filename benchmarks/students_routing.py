@@ -1,4 +1,4 @@
-"""What experts go by: how much of a token's expert follows from its byte, in the models of `benchmarks.students`.
+"""What experts go by: how much of a token's expert follows from its byte, in `benchmarks.students`.
 
     python -m benchmarks.students_routing [--work build/students]
 
