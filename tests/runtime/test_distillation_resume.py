@@ -56,7 +56,7 @@ def test_resuming_continues_bit_for_bit(data: TextData, tmp_path: Path, stop_at:
     student = TinyProgram(dropout=0.2)
     first = taught(student, data, tmp_path / "parts", teacher=late([]), **changes).run(stop_at=stop_at)
 
-    resumed, opened = TinyProgram(dropout=0.2, seed=9), []
+    resumed, opened = TinyProgram(dropout=0.2, seed=9), list[int]()
     torch.manual_seed(77)
     second = taught(resumed, data, tmp_path / "parts", teacher=late(opened), **changes).run(resume=True)
     assert len(opened) == (stop_at < 5)  # after the switch nobody needs it

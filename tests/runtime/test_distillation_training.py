@@ -31,7 +31,7 @@ from tests.runtime.tiny import LAYER, TinyProgram, tiny_settings, tiny_text
 from tests.runtime.tiny_teaching import (
     QUIET,
     STAGED,
-    CountingTeacher,
+    NotingTeacher,
     assert_equal_states,
     state,
     taught,
@@ -131,22 +131,29 @@ def test_a_divergence_that_is_not_a_number_is_named(data: TextData, tmp_path: Pa
 # after it fell silent
 
 
-def test_a_silent_teacher_is_neither_asked_nor_held(data: TextData, tmp_path: Path) -> None:
+def test_a_silent_teacher_is_neither_asked_nor_held(
+    data: TextData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tiny_teacher()
     program.register_module("parent", Ring(program))  # as modules often are: held by a ring of references
-    teacher = CountingTeacher(program, STAGED)
+    teacher = NotingTeacher(program, STAGED)
     alive = weakref.ref(teacher), weakref.ref(program), weakref.ref(program.up)
-    asked, seen = teacher.asked, []
+    asked, gone = teacher.asked, list[list[bool]]()
     run = taught(TinyProgram(), data, tmp_path, teacher=teacher, accumulate=2)
-    step = run._stepper.take
+    take = run._stepper.take
+
+    def look_and_take(*args: Any) -> Any:
+        gone.append([one() is None for one in alive])
+        return take(*args)
+
+    monkeypatch.setattr(run._stepper, "take", look_and_take)
     gc.disable()  # whoever lets it go sees to its memory
     try:
-        run._stepper.take = lambda *args: (seen.append([r() is None for r in alive]), step(*args))[1]
         del teacher, program
         run.run()
     finally:
         gc.enable()
-    assert seen == [[False] * 3] * 5 + [[True] * 3] * 5
+    assert gone == [[False] * 3] * 5 + [[True] * 3] * 5
     # twice a step, each time about two sequences: the first 20 of the run, and no others
     assert asked == [(position, 2) for position in range(0, 20, 2)]
 
@@ -183,13 +190,12 @@ def test_after_the_stop_steps_are_plain_ones(data: TextData, tmp_path: Path, dty
 # a teacher that says nothing that counts
 
 
-class DrawingTeacher(LiveTeacher):
-    """A teacher that draws random numbers though it is in eval mode."""
+class Drawing(TinyProgram):
+    """Draws random numbers even in eval mode."""
 
-    def __init__(self, program: TinyProgram, distill: Distill) -> None:
-        super().__init__(program, distill)
-        run = program.run
-        program.run = lambda tokens: (torch.rand(3), run(tokens))[1]
+    def run(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.rand(3)
+        return super().run(tokens)
 
 
 def test_with_alpha_zero_weights_are_those_of_a_plain_run(data: TextData, tmp_path: Path) -> None:
@@ -197,7 +203,8 @@ def test_with_alpha_zero_weights_are_those_of_a_plain_run(data: TextData, tmp_pa
     alone, heard = (TinyProgram(dropout=0.3) for _ in range(2))
     expected = Trainer(alone, tiny_settings(), data, tmp_path / "plain", console=QUIET).run()
     distill = Distill(alpha=0.0, stop=0.8)
-    teacher = DrawingTeacher(tiny_teacher(dropout=0.5), distill)
+    teacher = Drawing(seed=5, dropout=0.5)
+    teacher.load_state_dict({name: 4.0 * value for name, value in teacher.state_dict().items()})
     found = taught(heard, data, tmp_path / "heard", distill=distill, teacher=teacher).run()
     assert_equal_states(state(heard), state(alone))
     assert [record.loss for record in found.history] == [record.loss for record in expected.history]
@@ -229,15 +236,13 @@ def test_teaching_changes_nothing_of_the_teacher(data: TextData, tmp_path: Path)
     teacher = tiny_teacher(dropout=0.5)  # in train mode
     teacher.up.requires_grad_(False)
     before = state(teacher)
-    lessons = []
-    speaker = CountingTeacher(teacher, STAGED)
-    lesson = speaker.lesson
-    speaker.lesson = lambda *args: (lessons.append(lesson(*args)), lessons[-1])[1]
+    speaker = NotingTeacher(teacher, STAGED)
     taught(TinyProgram(), data, tmp_path, teacher=speaker).run()
     assert_equal_states(state(teacher), before)
     assert teacher.training
     assert [name for name, value in teacher.named_parameters() if not value.requires_grad] == ["up"]
     assert all(value.grad is None for value in teacher.parameters())
+    lessons = speaker.said
     assert len(lessons) == 5
     assert not any(said.told.requires_grad for said in lessons)
     # in eval mode: without its dropout

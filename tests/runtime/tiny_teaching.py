@@ -29,16 +29,18 @@ def tiny_teacher(seed: int = 5, **how: Any) -> TinyProgram:
     return program
 
 
-class CountingTeacher(LiveTeacher):
-    """Counts how often it is asked, and where."""
+class NotingTeacher(LiveTeacher):
+    """Keeps where it was asked, and what it said."""
 
     def __init__(self, program: TinyProgram, distill: Distill) -> None:
         super().__init__(program, distill)
         self.asked: list[tuple[int, int]] = []
+        self.said: list[Lesson] = []
 
     def lesson(self, batch: Batch, position: int) -> Lesson:
         self.asked.append((position, len(batch[0])))
-        return super().lesson(batch, position)
+        self.said.append(super().lesson(batch, position))
+        return self.said[-1]
 
 
 def taught(
