@@ -15,6 +15,7 @@ from torch import Tensor
 
 import moec
 from examples.gpt import GPT, GPTConfig
+from moec import teaching
 from moec.api import place
 from moec.ir.mesh import Mesh
 from moec.local_program import LocalProgram
@@ -22,9 +23,7 @@ from moec.plan import Distill, Parallel, Train
 from moec.program import IGNORED, Program
 from moec.runtime.batch_loss import BatchLoss
 from moec.runtime.data import Batch
-from moec.runtime.distillation.handover import as_read_by
-from moec.runtime.distillation.teacher import LiveTeacher, Teacher
-from moec.runtime.ranks import ranks_of
+from moec.runtime.distillation.teacher import Teacher
 from moec.runtime.simulated import run_ranks
 from moec.runtime.step import OptimizerStep
 from moec.runtime.trainable import Trainable
@@ -93,8 +92,8 @@ class Taught:
     def assert_like(self, expected: Taught, tolerance: float = 1e-10) -> None:
         """Everything, relative to its scale; parameters to ten times as much, since AdamW divides gradients
         by their own size, those that are rounding for the most part too."""
-        for name in ("loss", "task", "balance", "kl"):
-            found, needed = ([getattr(loss, name) for loss in run.losses] for run in (self, expected))
+        for name in ("loss", "task", "balance", "kl", "hidden"):
+            found, needed = ([getattr(loss, name) or 0.0 for loss in run.losses] for run in (self, expected))
             assert found == pytest.approx(needed, rel=tolerance), name
         assert self.norms == pytest.approx(expected.norms, rel=tolerance)
         assert self.parameters.keys() == expected.parameters.keys()
@@ -114,7 +113,8 @@ def learn(student: Trainable, teacher: Teacher, settings: Train, batches: Sequen
 
 def learn_alone(distill: Distill, settings: Train, batches: Sequence[Batch], teacher: Program) -> Taught:
     """In one process."""
-    return learn(student_of(), LiveTeacher(teacher, distill), settings, batches)
+    student = student_of()
+    return learn(student, teaching.teacher_of(teacher, student, distill), settings, batches)
 
 
 def learn_on_ranks(
@@ -150,8 +150,6 @@ def joined_mesh(student: Program, teacher: Program) -> Mesh:
 
 
 def told_by(teacher: Program, student: LocalProgram, distill: Distill) -> Teacher:
-    """What speaks to one rank's student."""
-    if teacher.layout is None:
-        return as_read_by(LiveTeacher(teacher, distill, ranks_of(student)), student)
-    part = _part_of_teacher(teacher, student.rank)
-    return as_read_by(LiveTeacher(part, distill), student)
+    """What speaks to one rank's student: a program that is placed, or one that every rank holds whole."""
+    part = teacher if teacher.layout is None else _part_of_teacher(teacher, student.rank)
+    return teaching.teacher_of(part, student, distill)

@@ -8,9 +8,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moec import teaching
 from moec.errors import PassError
+from moec.ir.mesh import WORLD
+from moec.local_program import LocalProgram
 from moec.plan import Distill, Train
-from tests.runtime.taught_runs import learn_alone, learn_on_ranks, student_of, teacher_of, uneven_batches
+from moec.runtime.distillation.handover import MovedTeacher, traffic_of_move
+from moec.runtime.distillation.spread import Parcels
+from moec.runtime.distillation.teacher import LiveTeacher
+from moec.runtime.predicted_traffic import compared, predict_traffic
+from moec.runtime.simulated import run_ranks
+from moec.runtime.traffic import Kind, Traffic, count_traffic
+from tests.runtime.taught_runs import (
+    VOCABULARY,
+    Taught,
+    joined_mesh,
+    learn,
+    learn_alone,
+    learn_on_ranks,
+    student_of,
+    teacher_of,
+    told_by,
+    uneven_batches,
+)
 
 STEP = Train(batch=6, sequence=8, accumulate=2, lr=1e-2, clip=0.5)
 DISTILL = Distill(alpha=0.7, temperature=1.5)
@@ -35,7 +55,7 @@ def assert_alone_and_on_ranks(
     ("world", "parallel"),
     [
         pytest.param(2, {"tensor": 2}, id="tensor 2, words uneven"),
-        pytest.param(4, {"expert": 2, "slice": 2}, id="data 4, expert 2, slice 2"),
+        pytest.param(4, {"expert": 2, "slice": 2}, id="data 4, expert 2, slice 2", marks=nightly),
         pytest.param(2, {"expert": 1}, id="data 2", marks=nightly),
         pytest.param(2, {"expert": 2}, id="expert 2", marks=nightly),
         pytest.param(4, {"tensor": 4, "expert": 4}, id="tensor 4", marks=nightly),
@@ -60,12 +80,78 @@ def test_on_another_mesh(world: int, student: Parallel, teacher: Parallel) -> No
     assert_alone_and_on_ranks(world, student, teacher)
 
 
-@pytest.mark.parametrize("student", [{"tensor": 2}, {"expert": 2}], ids=str)
+@pytest.mark.parametrize(
+    "student",
+    [
+        pytest.param({"tensor": 2}, id="student tensor 2"),
+        pytest.param({"expert": 2}, id="student data 2", marks=nightly),
+    ],
+)
 def test_a_teacher_that_every_rank_holds_whole(student: Parallel) -> None:
     assert_alone_and_on_ranks(2, student, None)
 
 
-@pytest.mark.parametrize("teacher", [None, {"tensor": 2}], ids=["whole", "tensor 2"])
+def test_a_teacher_that_reads_the_whole_batch_on_every_rank() -> None:
+    """As a part of its own, on a mesh of one rank: its capacity is that of the batch, as in one process."""
+    teacher, batches = teacher_of().partition(0), uneven_batches(2, STEP.batch)
+    student = student_of(2, tensor=2)
+
+    def body(rank: int) -> Taught:
+        local = student.partition(rank)
+        return learn(local, teaching.teacher_of(teacher, local, DISTILL), STEP, batches)
+
+    expected = learn_alone(DISTILL, STEP, batches, teacher_of())
+    for found in run_ranks(joined_mesh(student, teacher_of()), body):
+        for mine, needed in zip(found.losses, expected.losses, strict=True):
+            assert (mine.loss, mine.kl) == pytest.approx((needed.loss, needed.kl), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({"top_k": 5}, id="likeliest words", marks=nightly),
+        pytest.param({"hidden": 0.5, "hidden_map": (1,)}, id="hidden states", marks=nightly),
+        pytest.param({"top_k": 3, "hidden": 0.5, "hidden_map": (0,)}, id="both"),
+    ],
+)
+def test_what_else_a_lesson_holds(more: dict[str, Any]) -> None:
+    distill = DISTILL.model_copy(update=more)
+    assert_alone_and_on_ranks(2, {"tensor": 2}, {"expert": 2}, distill)
+    losses = learn_alone(distill, STEP, uneven_batches(1, STEP.batch), teacher_of()).losses
+    assert (losses[0].hidden is not None) == ("hidden" in more)
+
+
+def test_what_a_lesson_sends_is_foretold() -> None:
+    """The teacher's own exchanges, read off its graph, and the handing over, from the two meshes."""
+    student, teacher = student_of(4, tensor=2, expert=2), teacher_of(4, expert=4)
+    batch = uneven_batches(1, 6)[0]
+
+    def body(rank: int) -> tuple[Traffic, MovedTeacher]:
+        local = student.partition(rank)
+        moved = told_by(teacher, local, DISTILL)
+        assert isinstance(moved, MovedTeacher)
+        with count_traffic() as traffic:
+            moved.lesson(batch, 0)
+        return traffic, moved
+
+    ranks = run_ranks(joined_mesh(student, teacher), body)
+    speaker = ranks[0][1].teacher
+    assert isinstance(speaker, LiveTeacher)
+    assert isinstance(speaker.program, LocalProgram)
+    sizes = [tuple(part.shape) for part in batch[0].tensor_split(4)]
+    routed = [counted.routed for counted, _ in ranks]
+    mesh = speaker.program.layout.mesh
+    foretold = predict_traffic(speaker.program.graph, mesh, sizes, routed, backward=False)
+    for rank, ((counted, moved), own) in enumerate(zip(ranks, foretold, strict=True)):
+        handed = traffic_of_move(Parcels(moved.have, moved.need, rank, 6, VOCABULARY), 8, 8)
+        own.add(Kind("forward", WORLD, "all_to_all_single"), handed)
+        assert compared(counted, own) == []
+        assert handed.bytes > 0
+
+
+@pytest.mark.parametrize(
+    "teacher", [pytest.param(None, id="whole"), pytest.param({"tensor": 2}, id="tensor 2", marks=nightly)]
+)
 def test_ranks_without_a_sequence(teacher: Parallel | None) -> None:
     step = STEP.model_copy(update={"batch": 1, "accumulate": 1})
     assert_alone_and_on_ranks(2, {}, teacher, step=step)
