@@ -80,10 +80,12 @@ class DistillingRank(TrainingRank):
     def _student(self, course: Course) -> LocalProgram:
         """This rank's part of the student; all make the whole, and rank 0 alone proves it."""
         run, place = course.asked, self.place
-        if run.resume:
+        parallel = course.plan.parallel
+        if run.resume and (course.student.plan or Plan()).parallel == parallel:
             return part_of(str(run.start), None, place.rank, place.world, trust=run.trust)
         verify = None if place.rank == place.restarts == 0 else "off"
         whole = begun(course, Called(lambda: program_of(run.model, trust=run.trust)), verify=verify)
+        whole.plan = (whole.plan or Plan()).model_copy(update={"parallel": parallel})
         local = placed(whole, place.world).partition(place.rank)
         del whole
         gc.collect()  # the wholes go before training needs the room
