@@ -45,7 +45,8 @@ def top_words(logits_BSV: Tensor, k: int, temperature: float, words: Words) -> T
     centre_N, total_N = _totals(logits_NV, temperature, words.axis, dtype)
     log_shares_NK = (values_NK - centre_N.unsqueeze(1)) / temperature - total_N.unsqueeze(1)
     shape = (*logits_BSV.shape[:-1], k)
-    return TopWords(places_NK.view(shape), log_shares_NK.view(shape))
+    # In float32 whatever the teacher's dtype: a lesson on disk is to be the lesson, bit for bit.
+    return TopWords(places_NK.view(shape), log_shares_NK.float().view(shape))
 
 
 def _totals(logits_NV: Tensor, temperature: float, axis: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from moec.errors import ArtifactError, MoecError, PlanError
 from moec.ir.mesh import Mesh
 from moec.plan import Distill, Train
 from moec.runtime.checkpoint import digest_of
-from moec.runtime.data import TextData
+from moec.runtime.data import Batch, TextData
 from moec.runtime.distillation import lesson_files
 from moec.runtime.distillation.lesson import Lesson, TopWords
 from moec.runtime.distillation.lesson_files import MANIFEST, Facts, read_shard, shard_path
@@ -32,7 +32,6 @@ from moec.runtime.simulated import run_ranks
 from tests.runtime.tiny import TinyProgram, tiny_text
 from tests.runtime.tiny_teaching import (
     QUIET,
-    CountingTeacher,
     assert_equal_states,
     state,
     taught,
@@ -180,14 +179,16 @@ def test_the_samples_of_a_staged_run() -> None:
 # killed, and resumed
 
 
-class MortalTeacher(CountingTeacher):
-    """Kills its process when it is asked for the n-th time."""
+class MortalTeacher(LiveTeacher):
+    """Keeps where it was asked, and kills its process when it is asked for the `last` time."""
 
-    left = 0
+    def __init__(self, last: int = -1) -> None:
+        super().__init__(tiny_teacher(), TOP)
+        self.last, self.asked = last, list[int]()
 
-    def lesson(self, batch: Any, position: int) -> Lesson:
-        self.left -= 1
-        if not self.left:
+    def lesson(self, batch: Batch, position: int) -> Lesson:
+        self.asked.append(position)
+        if len(self.asked) == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().lesson(batch, position)
 
@@ -205,11 +206,6 @@ def in_a_process_that_dies(action: Callable[[], object]) -> None:
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
-def dying(teacher: MortalTeacher, asked: int) -> MortalTeacher:
-    teacher.left = asked
-    return teacher
-
-
 def assert_same_files(left: Path, right: Path) -> None:
     """The same names and the same bytes."""
     names = sorted(path.name for path in left.iterdir())
@@ -221,15 +217,13 @@ def assert_same_files(left: Path, right: Path) -> None:
 @pytest.mark.parametrize("asked", [1, 3, 5, 12])
 def test_killed_and_resumed(data: TextData, tmp_path: Path, asked: int) -> None:
     store(data, tmp_path / "whole")
-    folder, distill = tmp_path / "lessons", TOP
-    in_a_process_that_dies(
-        lambda: store(data, folder, teacher=dying(MortalTeacher(tiny_teacher(), distill), asked))
-    )
+    folder = tmp_path / "lessons"
+    in_a_process_that_dies(lambda: store(data, folder, teacher=MortalTeacher(last=asked)))
     there = len(list(folder.glob("lessons-*")))
     assert there == (asked - 1) // (SHARD // BATCH)
-    again = CountingTeacher(tiny_teacher(), distill)
+    again = MortalTeacher()
     assert store(data, folder, teacher=again).computed == 48 - there * SHARD
-    assert [position for position, _ in again.asked] == list(range(there * SHARD, 48, BATCH))
+    assert again.asked == list(range(there * SHARD, 48, BATCH))
     assert_same_files(folder, tmp_path / "whole")
 
 

@@ -19,6 +19,7 @@ from moec.testing.tolerances import error_of
 from tests.runtime.ops.test_vocabulary import SIZES, part
 
 INF = torch.inf
+FLOAT = 1e-6  # shares are told in float32
 
 
 def oracle(logits_NV: Tensor, k: int, temperature: float) -> tuple[list[list[int]], Tensor]:
@@ -44,7 +45,7 @@ def test_like_a_sort(rows: int, number: int, k: int, temperature: float, coarse:
     told = top_words(logits, k, temperature, Words(number))
     words, log_shares = oracle(logits, k, temperature)
     assert told.words.tolist() == words
-    assert error_of(told.log_shares, log_shares, floor=1.0) <= 1e-12
+    assert error_of(told.log_shares, log_shares, floor=1.0) <= FLOAT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -54,7 +55,7 @@ def test_dtypes_and_shapes(dtype: torch.dtype) -> None:
     words, log_shares = oracle(logits.flatten(0, 1), 37, 2.0)
     assert (told.words.shape, told.log_shares.dtype) == ((2, 3, 37), torch.float32)
     assert told.words.flatten(0, 1).tolist() == words
-    assert error_of(told.log_shares.flatten(0, 1), log_shares) <= 1e-6
+    assert error_of(told.log_shares.flatten(0, 1), log_shares) <= FLOAT
 
 
 def test_rows_are_worked_on_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +90,7 @@ def test_ranks(number: int, ranks: int, coarse: float) -> None:
         for told in run_ranks(Mesh(tensor=ranks), body):
             likely = whole.log_shares > -INF  # which of the words without a share are named does not matter
             assert torch.equal(told.words[likely], whole.words[likely])
-            assert error_of(told.log_shares, whole.log_shares) <= 1e-12
+            assert error_of(told.log_shares, whole.log_shares) <= FLOAT
 
 
 def test_messages() -> None:
