@@ -23,7 +23,8 @@ SETTINGS = ("experts", "top_k", "residual", "gate", "init")
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product: its ledger entry, the module it stands in, and what its weight has become."""
+    """One matrix product: its ledger entry, the module it stands in, what its weight has become, and what the
+    weight was called in the teacher, for a student ('' otherwise)."""
 
     weight: str
     path: str
@@ -34,6 +35,7 @@ class Product:
     reason: str
     by: str
     became: tuple[str, ...] = ()
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def _words(product: Product) -> list[str]:
     by = f"  (by {product.by})" if product.by else ""
     became = [f"  now        {name}" for name in product.became if product.status == "rewritten"]
     size = "×".join(map(str, product.shape))
-    return [f"{product.weight}  {size}{role}{at}", f"  {product.status:<10} {product.reason}{by}", *became]
+    taught = [f"  teacher's  {product.teacher}"] if product.teacher else []
+    said = f"  {product.status:<10} {product.reason}{by}"
+    return [f"{product.weight}  {size}{role}{at}", said, *became, *taught]
 
 
 def _layer_words(layer: SparseLayer) -> list[str]:
@@ -132,9 +136,10 @@ def _product(entry: Entry, origins: Origins) -> Product:
         if origin.source == entry.weight and name != entry.weight
     ]
     path = entry.weight.rpartition(".")[0]
+    taught = [origin.teacher for origin in origins.values() if origin.source == entry.weight]
     return Product(
         entry.weight, path, entry.shape, entry.source, entry.role, entry.status, entry.reason, entry.by,
-        tuple(became)
+        tuple(became), taught[0] if taught else "",
     )  # fmt: skip
 
 

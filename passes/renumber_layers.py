@@ -196,16 +196,16 @@ def _places(program: Program, numbering: Numbering) -> dict[str, int]:
     """The user's new names of weights → the place in the program, still with its old names, of the first call
     that reads them."""
     calls: dict[str, int] = {}
-    for place, node in enumerate(program.graph.graph.nodes):
+    for number, node in enumerate(program.graph.graph.nodes):
         read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
         for target in [*read, str(node.target)]:
-            calls.setdefault(target, place)
+            calls.setdefault(target, number)
     found: dict[str, int] = {}
     for old, new in numbering.structural.items():
         source = program.origins[new].source if new in program.origins else None
-        place = calls.get(old, calls.get(old.split(".")[0]))
-        if source and place is not None:
-            found[source] = min(place, found.get(source, place))
+        first = calls.get(old, calls.get(old.split(".")[0]))
+        if source and first is not None:
+            found[source] = min(first, found.get(source, first))
     return found
 
 

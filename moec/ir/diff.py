@@ -32,7 +32,7 @@ def diff_text(before: str, after: str, before_name: str = "before", after_name: 
     """
     old, new = functions_of(before), functions_of(after)
     pairs = _pairs(old, new)
-    changed = [(a, b) for a, b in pairs if _code(old.get(a, [])) != _code(new.get(b, []))]
+    changed = [(a, b) for a, b in pairs if code_of(old.get(a, [])) != code_of(new.get(b, []))]
     if not changed:
         return ""
     head = [f"--- {before_name}", f"+++ {after_name}", *_summary(pairs, changed, old, new)]
@@ -77,7 +77,8 @@ def _without_blank_ends(lines: list[str]) -> list[str]:
     return "\n".join(lines).rstrip("\n").split("\n")
 
 
-def _code(lines: Iterable[str]) -> list[str]:
+def code_of(lines: Iterable[str]) -> list[str]:
+    """The lines of code, without comments and empty lines."""
     stripped = (_COMMENT.sub("", line).rstrip() for line in lines)
     return [line for line in stripped if line and not line.lstrip().startswith("#")]
 
@@ -108,22 +109,23 @@ def _summary(
 ) -> list[str]:
     became = [(a, b) for a, b in pairs if a and b and a != b]
     groups = {
-        "became": [(f"{_kind(a)} → {_kind(b)}", b) for a, b in became],
-        "appeared": [(_kind(b), b) for a, b in pairs if not a],
-        "vanished": [(_kind(a), a) for a, b in pairs if not b],
-        "changed": [(_kind(a), a) for a, b in changed if a == b],
-        "unchanged": [(_kind(a), a) for a, b in pairs if a == b and (a, b) not in changed],
+        "became": [(f"{kind_of(a)} → {kind_of(b)}", b) for a, b in became],
+        "appeared": [(kind_of(b), b) for a, b in pairs if not a],
+        "vanished": [(kind_of(a), a) for a, b in pairs if not b],
+        "changed": [(kind_of(a), a) for a, b in changed if a == b],
+        "unchanged": [(kind_of(a), a) for a, b in pairs if a == b and (a, b) not in changed],
     }
-    lines = [f"# {verb}: {_listed(members)}" for verb, members in groups.items() if members]
-    return [*lines, f"# lines: {_length(old)} → {_length(new)}"]
+    lines = [f"# {verb}: {listed(members)}" for verb, members in groups.items() if members]
+    return [*lines, f"# lines: {length_of(old)} → {length_of(new)}"]
 
 
-def _length(functions: dict[str, list[str]]) -> int:
+def length_of(functions: dict[str, list[str]]) -> int:
     """Lines of code that a reader meets: alike functions count once."""
-    return sum(len(_code(lines)) for lines in set(map(tuple, functions.values())))
+    return sum(len(code_of(lines)) for lines in set(map(tuple, functions.values())))
 
 
-def _listed(members: Sequence[tuple[str, str]]) -> str:
+def listed(members: Sequence[tuple[str, str]]) -> str:
+    """`ffn 0–3 (×4), moe_1`, of pairs (kind, name)."""
     grouped: dict[str, list[str]] = {}
     for kind, name in members:
         grouped.setdefault(kind, []).append(name)
@@ -139,7 +141,8 @@ def _layers(names: Sequence[str]) -> str:
     return ranges([int(number) for number in digits if number.isdigit()])
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """`ffn` of `ffn_3`."""
     base, _, number = name.rpartition("_")
     return base if number.isdigit() else name
 
@@ -151,12 +154,12 @@ def _sections(
     changed: Sequence[tuple[str, str]], old: dict[str, list[str]], new: dict[str, list[str]]
 ) -> list[str]:
     """One section per distinct change of a region or a block."""
-    variables = _variables([*old.values(), *new.values()])
+    variables = variables_of([*old.values(), *new.values()])
     sections: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     shown: dict[tuple[str, str], list[str]] = {}
     for a, b in changed:
-        shown[a, b] = _hunks(old.get(a, []), new.get(b, []))
-        sections.setdefault(_pattern(shown[a, b], variables), []).append((a, b))
+        shown[a, b] = hunks(old.get(a, []), new.get(b, []))
+        sections.setdefault(pattern(shown[a, b], variables), []).append((a, b))
     lines: list[str] = []
     for members in sections.values():
         lines += ["", f"@@ {_title(members)}", *shown[members[0]]]
@@ -171,7 +174,7 @@ def _title(members: Sequence[tuple[str, str]]) -> str:
     return title + (f"   ×{len(members)} alike: {_layers([b or a, *others])}" if others else "")
 
 
-def _variables(functions: Iterable[Sequence[str]]) -> set[str]:
+def variables_of(functions: Iterable[Sequence[str]]) -> set[str]:
     """Names that some function assigns; which is which does not matter when changes are compared."""
     names: set[str] = set()
     for line in itertools.chain.from_iterable(functions):
@@ -180,7 +183,7 @@ def _variables(functions: Iterable[Sequence[str]]) -> set[str]:
     return names - {"_"}
 
 
-def _pattern(lines: Sequence[str], variables: set[str]) -> tuple[str, ...]:
+def pattern(lines: Sequence[str], variables: set[str]) -> tuple[str, ...]:
     """What alike changes share: code whose variables are counted off and whose layers are left out."""
     numbers: dict[str, str] = {}
 
@@ -192,7 +195,7 @@ def _pattern(lines: Sequence[str], variables: set[str]) -> tuple[str, ...]:
     return tuple(_NAME.sub(counted, _NUMBER.sub("#", line)) for line in code)
 
 
-def _hunks(old: list[str], new: list[str]) -> list[str]:
+def hunks(old: list[str], new: list[str]) -> list[str]:
     """The changed stretches, with a little context; lines that differ only in comments are the same."""
     left, right = ([_COMMENT.sub("", line).rstrip() for line in lines] for lines in (old, new))
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)

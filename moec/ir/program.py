@@ -23,6 +23,7 @@ from .ledger import Ledger
 from .origins import Origins
 from .placement import Layout
 from .region import region_of, regions
+from .student_diff import student_diff
 from .text import program_text
 
 
@@ -226,7 +227,12 @@ class Program(nn.Module):
         raise PassError(f"stage {stage!r}", "no stage of that name", known, nearest(stage, names))
 
     def diff(self, before: str, after: str | None = None) -> str:
-        """What changed between two stages (`after`: the program as it is now), repeated changes folded."""
+        """What changed between two stages (`after`: the program as it is now), repeated changes folded.
+
+        `teacher` is the program that a student was made from: its layers are paired by where they come from.
+        """
+        if before == "teacher" and after is None:
+            return student_diff(self.text(before), self.text(), self.origins, self.stage)
         return diff_text(self.text(before), self.text(after), before, after or self.stage)
 
     def _title(self) -> list[str]:
