@@ -17,7 +17,7 @@ from moec.runtime.distillation.lesson_files import MANIFEST, Facts, read_facts, 
 from moec.runtime.distillation.store import samples_taught, store_lessons
 from moec.runtime.distillation.stored import StoredTeacher
 from moec.runtime.distillation.teacher import LiveTeacher
-from moec.runtime.ranks import ranks_of
+from moec.runtime.ranks import Ranks, ranks_of
 
 SHARD = 64  # samples a file
 
@@ -25,8 +25,8 @@ SHARD = 64  # samples a file
 class SavedTeacher(LiveTeacher):
     """A live teacher that goes by the identity of the folder it was read from, as the run does."""
 
-    def __init__(self, program: Program, distill: Distill, known: Mapping[str, Any]) -> None:
-        super().__init__(program, distill)
+    def __init__(self, program: Program, distill: Distill, ranks: Ranks, known: Mapping[str, Any]) -> None:
+        super().__init__(program, distill, ranks)
         self.known = known
 
     def identity(self) -> dict[str, Any]:
@@ -70,10 +70,12 @@ def _store(course: Course, facts: Facts | None, teacher: Program, samples: range
     terms, settings = course.terms, course.settings
     if facts is not None:
         terms = terms.model_copy(update={"top_k": facts.top_k})
-    batch = max(1, settings.batch // settings.accumulate // ranks_of(student).mesh.data)
+    # A teacher that is whole on every rank of the student's job reads there what falls to that rank.
+    ranks = ranks_of(teacher if isinstance(teacher, LocalProgram) else student)
+    batch = max(1, settings.batch // settings.accumulate // ranks.mesh.data)
     assert course.asked.lessons is not None
     store_lessons(
-        SavedTeacher(teacher, terms, course.identity),
+        SavedTeacher(teacher, terms, ranks, course.identity),
         course.data,
         settings.seed,
         samples,
