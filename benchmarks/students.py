@@ -70,7 +70,8 @@ STUDENTS: Mapping[str, Mapping[str, Any]] = {
 }
 #: Sparse models that have learned for twice as long: another run of as many steps, on other text, from where
 #: the first one ended.
-LONGER: Mapping[str, str] = {f"{name}, twice": name for name in SPARSE if name not in ("dense", SUMMED)}
+HALVES = "MoE 8, first half", "MoE 8, second half"
+LONGER: Mapping[str, str] = {f"{name}, twice": name for name in (*HALVES, TEACHER)}
 #: Students from scratch of a teacher that has learned for twice as long.
 BETTER: Mapping[str, Mapping[str, Any]] = {
     f"student from scratch, better {arm}": {"student": {"depth": 7, "init": "fresh"}, "distill": how}
@@ -192,7 +193,7 @@ def tables(runs: list[Run]) -> dict[str, str]:
     by_start = {start: [name for name in STUDENTS if start in name] for start in alone}
     return {
         "sparse_models": table(runs, SPARSE, "dense"),
-        "sparse_models_longer": table(runs, LONGER, "MoE 8, twice"),
+        "sparse_models_longer": table(runs, LONGER, f"{HALVES[0]}, twice"),
         "students_of_its_layers": table(runs, [TEACHER, *by_start["of its layers"]], alone["of its layers"]),
         "students_from_scratch": table(
             runs, [f"{TEACHER}, twice", *by_start["from scratch"], *BETTER], alone["from scratch"]
