@@ -236,7 +236,7 @@ def distill(
     counts and until when, its train table all else. RUN/program is the trained student; RUN/student is
     what it began as.
 
-    moec distill run/program --plan mos.toml --data corpus/ --steps 500 --out student
+    moec distill run/program --plan student.toml --data corpus/ --out student
     """
     from moec.commands.asked import Distillation
     from moec.commands.distill_ranks import distill_anywhere
