@@ -16,12 +16,15 @@ from torch.library import opcheck
 import moec.runtime.ops  # noqa: F401
 from moec.errors import OperatorError
 from moec.ir.mesh import TENSOR, Mesh
+from moec.runtime.distillation.losses import Words
+from moec.runtime.distillation.top_words import top_words
 from moec.runtime.ops import logits as logits_module
 from moec.runtime.simulated import run_ranks
 from moec.runtime.traffic import count_traffic
 from moec.testing.tolerances import error_of, tolerance_of
 from tests.runtime.ops.test_divergence import masked
 from tests.runtime.ops.test_vocabulary import SIZES, assert_transposed, part, pulled
+from tests.runtime.ranks import run_processes
 
 ops = torch.ops.moec
 INF = torch.inf
@@ -278,3 +281,21 @@ def test_compiles_without_a_break() -> None:
     leaf = torch.randn(3, 5, requires_grad=True)
     needed, found = (torch.autograd.grad(f(leaf), leaf)[0] for f in (cost, compiled))
     assert torch.equal(found, needed)
+
+
+def _over_gloo(rank: int) -> list[Tensor]:
+    """Both divergences and the words they go by, of a vocabulary of seven, four on the first rank."""
+    logits, teacher = torch.arange(42, dtype=F64).view(2, 3, 7).cos()
+    own = part(teacher, rank, 2, 1).detach()
+    told = top_words(own, 3, 1.5, Words(7, TENSOR))
+    grad = torch.full((3,), rank + 1.0, dtype=F64)
+    whole = pulled(lambda z: ops.divergence(z, own, 7, 1.5, False, TENSOR), part(logits, rank, 2, 1), grad)
+    top = pulled(dealt((told.words, told.log_shares), 7, True, 1.5), part(logits, rank, 2, 1), grad)
+    return [*whole, *top, told.words, told.log_shares]
+
+
+def test_processes_do_what_threads_do() -> None:
+    mesh = Mesh(tensor=2)
+    pairs = zip(run_processes(mesh, _over_gloo), run_ranks(mesh, _over_gloo), strict=True)
+    for found, needed in pairs:
+        assert all(map(torch.equal, found, needed))
