@@ -208,6 +208,33 @@ def test_layers_by_importance(teacher: Path, text: Path, tmp_path: Path, moec_: 
     assert len({origin.teacher for origin in student.origins.values()} - {None}) > 0
 
 
+def test_lessons_are_kept_and_serve_other_runs(
+    teacher: Path, text: Path, tmp_path: Path, moec_: Moec, refused: Refused
+) -> None:
+    """From disk a student learns what it learns live, to the bit, and goes on without the teacher."""
+    plan, lessons = tmp_path / "plan.toml", tmp_path / "lessons"
+    plan.write_text(STUDENT + DISTILL + "top_k = 8\n" + TRAIN)
+    words = ("--plan", plan, "--data", text, "--steps", 4, "--stop", 1)
+    for name, more in {"live": (), "stored": ("--lessons", lessons), "again": ("--lessons", lessons)}.items():
+        out = moec_("distill", teacher, *words, "--out", tmp_path / name, *more).stdout
+        assert ("samples stored" in out) == (name == "stored")
+    run = stopped_at(2, tmp_path / "stored", tmp_path / "halves")
+    moec_("distill", tmp_path / "gone", *words, "--lessons", lessons, "--out", run, "--resume")
+    for name in ("stored", "again", "halves"):
+        assert same_weights(tmp_path / "live", tmp_path / name), name
+    for other, line in {
+        ("--seed", 5): "lessons with seed 0",
+        ("--temperature", 3): "were stored with 2.0",
+        ("--steps", 4, "--sequence", 8): "lessons with data",
+    }.items():
+        told = refused("distill", teacher, *words, "--lessons", lessons, "--out", tmp_path / "r", *other)
+        assert line in told
+    plan.write_text(STUDENT + DISTILL + "top_k = 9\n" + TRAIN)
+    told = refused("distill", teacher, *words, "--lessons", lessons, "--out", tmp_path / "r")
+    assert "nearest top_k = 8" in told
+    assert not (tmp_path / "r").exists()
+
+
 def test_nobody_holds_a_teacher_that_was_handed_over() -> None:
     opened: list[object] = []
     called = Called(lambda: _Opened(opened))  # type: ignore[arg-type, return-value]

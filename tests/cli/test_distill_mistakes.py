@@ -244,6 +244,25 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# lessons on disk
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("alpha = 1.0", "how many words of each position to store"),
+        ("hidden = 1.0", "hidden = 1.0 with --lessons"),
+    ],
+)
+def test_settings_that_lessons_cannot_serve(
+    setting: str, line: str, teacher: Path, text: Path, tmp_path: Path, refused: Refused
+) -> None:
+    plan = plan_file(tmp_path, f"[student]\ndepth = 2\n[distill]\n{setting}\n" + TRAIN)
+    words = ("--data", text, "--lessons", tmp_path / "lessons", "--out", tmp_path / "run")
+    assert line in refused("distill", teacher, "--plan", plan, *words)
+    assert not (tmp_path / "lessons").exists()
+
+
 # a student of one's own
 
 
