@@ -20,7 +20,7 @@ from moec.plan import Distill, Train
 from moec.plan.depth import kept_layers
 from moec.program import Program
 from moec.runtime.distillation.handover import as_read_by
-from moec.runtime.distillation.stages import Stages
+from moec.runtime.distillation.stages import Stages, require_evaluations
 from moec.runtime.distillation.teacher import LiveTeacher, Teacher
 from moec.runtime.distillation.teaching import LateTeacher, Teaching
 from moec.runtime.ranks import ranks_of
@@ -68,13 +68,18 @@ def require_fitting(student: Program, teacher: Program, train: Train, distill: D
     """Raise where `student` cannot learn from `teacher`; needs no weights, which may be on `meta`.
 
     `DataError` for other vocabularies, `TrainError` for sequences longer than either has positions for,
-    `PlanError` for stages that do not fit the run and for hidden states that cannot be compared.
+    `PlanError` for stages that do not fit the run, for more likeliest words than there are, and for hidden
+    states that cannot be compared.
     """
     Stages(distill, train.steps)
+    require_evaluations(distill, train)
     ours, theirs = student.source.vocabulary, teacher.source.vocabulary
     if ours != theirs:
         found = f"a student of {ours} words, and a teacher of {theirs}"
         raise DataError("vocabulary", found, "one vocabulary for both")
+    if distill.top_k is not None and distill.top_k > theirs:
+        found = f"top_k = {distill.top_k}, and a teacher of {theirs} words"
+        raise PlanError("distill.top_k", found, f"at most {theirs}", "no top_k, for all words")
     for who, program in (("student", student), ("teacher", teacher)):
         limit = program.source.max_positions
         if limit is not None and train.sequence > limit:

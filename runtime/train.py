@@ -96,9 +96,8 @@ class Trainer:
         if settings.sequence != data.sequence:
             found = f"sequence = {settings.sequence}, and data cut into {data.sequence}"
             raise TrainError("settings", found, f"load_text(…, sequence={settings.sequence})")
-        if teaching is not None and teaching.steps != settings.steps:
-            found = f"a Teaching for {teaching.steps} steps, and steps = {settings.steps}"
-            raise TrainError("teaching", found, f"Teaching(…, steps={settings.steps})")
+        if teaching is not None:
+            teaching.require_fitting(settings)
         self.program, self.settings, self.data = program, settings, data
         self._stepper = OptimizerStep(program, settings)
         self._ranks = self._stepper.ranks

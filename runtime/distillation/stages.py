@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.errors import PlanError
-from moec.plan import Distill
+from moec.plan import Distill, Train
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,14 @@ class Ending:
 
     step: int
     why: str
+
+
+def require_evaluations(distill: Distill, train: Train) -> None:
+    """Raise `PlanError` for a patience that nothing could ever end: in a run without evaluations."""
+    if distill.patience is not None and not 0 < train.eval_every < train.steps:
+        found = f"patience = {distill.patience} with eval_every = {train.eval_every} in {train.steps} steps"
+        needed = "evaluations during the run, whose losses it waits for"
+        raise PlanError("distill.patience", found, needed, f"eval_every from 1 to {train.steps - 1}")
 
 
 class Stages:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.errors import TrainError
-from moec.plan import Distill
+from moec.plan import Distill, Train
 from moec.runtime.data import Batch
 from moec.runtime.distillation.lesson import Lesson
-from moec.runtime.distillation.stages import Ending, Stages
+from moec.runtime.distillation.stages import Ending, Stages, require_evaluations
 from moec.runtime.distillation.teacher import LiveTeacher, Teacher
 from moec.runtime.trainable import Trainable
 
@@ -46,6 +46,13 @@ class Teaching:
         self._teacher: Teacher | None = None
         self._identity = teacher.identity()
 
+    def require_fitting(self, train: Train) -> None:
+        """Raise `TrainError` for a run of other steps, `PlanError` where patience would wait in vain."""
+        if self.steps != train.steps:
+            found = f"a Teaching for {self.steps} steps, and steps = {train.steps}"
+            raise TrainError("teaching", found, f"Teaching(…, steps={train.steps})")
+        require_evaluations(self.distill, train)
+
     def begin(self, student: Trainable, step: int, record: Mapping[str, Any] | None = None) -> None:
         """Get ready for the steps after `step`: those of a new run, or of one that kept `record`.
 
@@ -58,25 +65,28 @@ class Teaching:
         if not self.speaks(step):
             self.let_go()
             return
-        if self._given is None:
-            found = "a teacher that fell silent in an earlier run, and was let go"
-            raise TrainError("teacher", found, "a new Teaching, for steps that it has a say in")
-        self._teacher = self._given.open() if isinstance(self._given, LateTeacher) else self._given
+        if self._teacher is None:
+            self._teacher = self._opened()
         speaker = getattr(self._teacher, "teacher", self._teacher)  # behind one that hands lessons over
         if isinstance(speaker, LiveTeacher):
             _require_apart(speaker.program, student)
+
+    def _opened(self) -> Teacher:
+        if self._given is None:
+            found = "a teacher that fell silent in an earlier run, and was let go"
+            raise TrainError("teacher", found, "a new Teaching, for steps that it has a say in")
+        return self._given.open() if isinstance(self._given, LateTeacher) else self._given
 
     def speaks(self, step: int) -> bool:
         """Whether the teacher speaks in the step after `step` steps were taken."""
         return self.stages.teaches(step)
 
     def ending(self, step: int) -> Ending | None:
-        """How it came that the teacher is silent after `step` steps; it is let go then. None while it
-        speaks, and where it speaks to the end of the run."""
-        ending = self.stages.ending(step)
-        if ending is not None and self._teacher is not None:
+        """How it came that the teacher is silent after `step` steps; None while it speaks, and where it
+        speaks to the end of the run. Lets it go once it has said its last."""
+        if self._teacher is not None and not self.speaks(step):
             self.let_go()
-        return ending
+        return self.stages.ending(step)
 
     def let_go(self) -> None:
         """Hold the teacher no longer."""

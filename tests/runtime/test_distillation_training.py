@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import math
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from moec.errors import TrainError
+from moec.errors import PlanError, TrainError
 from moec.plan import Distill, LayerSettings
 from moec.runtime.checkpoint import load_checkpoint
 from moec.runtime.data import TextData
@@ -297,13 +298,18 @@ def test_a_teaching_for_other_steps_is_refused(data: TextData, tmp_path: Path) -
         Trainer(TinyProgram(), tiny_settings(), data, tmp_path / "run", teaching=teaching)
 
 
+@pytest.mark.parametrize("every", [0, 10, 11])
+def test_patience_without_evaluations_is_refused(data: TextData, tmp_path: Path, every: int) -> None:
+    with pytest.raises(PlanError, match=f"patience = 2 with eval_every = {every} in 10 steps") as caught:
+        taught(TinyProgram(), data, tmp_path, distill=Distill(patience=2), eval_every=every)
+    assert caught.value.where == "distill.patience"
+
+
 def test_a_teacher_that_was_let_go_is_missed(data: TextData, tmp_path: Path) -> None:
     run = taught(TinyProgram(), data, tmp_path, save_every=3, keep=9)
     run.run()
     for name in ("step-00000006", "step-00000009", "step-00000010"):
-        for file in (tmp_path / name).iterdir():
-            file.unlink()
-        (tmp_path / name).rmdir()
+        shutil.rmtree(tmp_path / name)
     weights = load_checkpoint(tmp_path / "step-00000003").tensors["parameters"]
     with pytest.raises(TrainError, match="let go"):
         run.run(resume=True)
@@ -322,8 +328,11 @@ def test_one_that_is_opened_again_is_not(data: TextData, tmp_path: Path) -> None
     students = [TinyProgram(dropout=0.2) for _ in range(2)]
     taught(students[0], data, tmp_path / "whole").run()
     run = taught(students[1], data, tmp_path / "run", teacher=LateTeacher(open_teacher, {"files": "a"}))
-    run.run(stop_at=3)
-    assert len(opened) == 1
+    run.run(stop_at=2)
+    run.run(resume=True, stop_at=3)
+    assert len(opened) == 1  # it is still there
+    run.run(resume=True)
+    shutil.rmtree(tmp_path / "run/step-00000010")  # back to step 3
     run.run(resume=True)
     assert len(opened) == 2
     assert_equal_states(state(students[1]), state(students[0]))
