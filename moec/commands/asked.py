@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moec.errors import PlanError, TrainError
+from moec.models import MANIFEST
 from moec.plan import Train
 from moec.plan.section import Section
 from moec.runtime.checkpoint import latest_checkpoint
@@ -108,7 +109,9 @@ def laid_over(given: S, changed: Mapping[str, Any], but: Collection[str] = ()) -
 
 
 def require_right_folder(run: Run) -> None:
-    """Refuse to begin where another run is, and to go on where none is."""
+    """Refuse to begin where another run or a program is, and to go on where no run is."""
+    if (Path(run.out) / MANIFEST).is_file():
+        raise TrainError(run.out, "the folder of a saved program", "a folder for the run", "another --out")
     latest = latest_checkpoint(Path(run.out))
     if latest is not None and not run.resume:
         raise TrainError(

@@ -293,6 +293,12 @@ def test_a_folder_with_another_run(taught: Path, teacher: Path, plan: Path, refu
     assert "a run that came to step-00000001" in told
 
 
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_a_run_into_a_program(command: str, teacher: Path, plan: Path, refused: Refused) -> None:
+    told = refused(command, teacher, *(["--plan", plan] if command == "distill" else []), "--out", teacher)
+    assert "the folder of a saved program" in told
+
+
 def test_another_teacher_than_the_runs(
     taught: Path, text: Path, tmp_path: Path, plan: Path, refused: Refused
 ) -> None:
