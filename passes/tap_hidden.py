@@ -39,7 +39,8 @@ class TapHidden(Pass):
     def requires(self, program: Program) -> None:
         if program.stage not in STAGES:
             needed = f"one at stage {', '.join(STAGES[:-1])} or {STAGES[-1]}"
-            raise PassError(self.name, f"a {program.stage} program", needed)
+            nearest = "the program it was made from" if program.stage == "fused" else ""
+            raise PassError(self.name, f"a {program.stage} program", needed, nearest)
         if tapped_layers(program.graph):
             found = f"a program that gives the hidden states of {list(tapped_layers(program.graph))}"
             raise PassError(self.name, found, "the program it was made from")

@@ -236,6 +236,16 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "3 layers, and a student of 2" in refused(PlanError, Distill(hidden=1.0, hidden_map=(0, 1, 2)))
     assert "layer 3 of a teacher of 3 layers" in refused(PlanError, Distill(hidden=1.0, hidden_map=(0, 3)))
     assert "stop_step = 11" in refused(PlanError, Distill(stop_step=11))
+    assert "a teacher of 13 words" in refused(PlanError, Distill(top_k=14))
+
+
+def test_hidden_states_that_nobody_gives_are_missed() -> None:
+    """A teacher made by hand, without layers: nothing is left out in silence."""
+    hidden = Distill(hidden=1.0)
+    with pytest.raises(PlanError, match="no layers to compare"):
+        LiveTeacher(compiled(TEACHER, DENSE, seed=2), hidden)
+    with pytest.raises(TrainError, match="gives no hidden states"):
+        Lesson(torch.zeros(1, 1, VOCABULARY), hidden)
 
 
 def test_the_student_is_no_teacher_of_itself() -> None:

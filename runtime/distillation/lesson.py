@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moec.errors import TrainError
 from moec.plan import Distill
 
 
@@ -39,3 +40,8 @@ class Lesson:
     told: Tensor | TopWords
     distill: Distill
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.distill.hidden and not self.hidden:
+            found = f"hidden = {self.distill.hidden}, and a teacher that gives no hidden states"
+            raise TrainError("lesson", found, "one that gives them, or hidden = 0")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moec.errors import PlanError
 from moec.plan import Distill
 from moec.runtime.data import Batch
 from moec.runtime.distillation.identity import identity_of
@@ -38,7 +39,8 @@ class LiveTeacher:
     Its lessons lie on `ranks` as its logits do: those of the job that it is a part of, or those given, each
     of which holds the whole program and reads its stretch of a batch (expert capacity is then that of these
     tokens alone). Where the student's lie otherwise, see `handover.as_read_by`. `hidden`: for layers of the
-    student, the layer whose hidden states they are to have; the program is run `tapped` then.
+    student, the layer whose hidden states they are to have; the program is run `tapped` then. Raises
+    `PlanError` where `distill` counts hidden states and no layers are given.
     """
 
     def __init__(
@@ -49,6 +51,9 @@ class LiveTeacher:
         *,
         hidden: Mapping[int, int] | None = None,
     ) -> None:
+        if distill.hidden and not hidden:
+            found = f"hidden = {distill.hidden}, and no layers to compare"
+            raise PlanError("distill.hidden", found, "moec.teaching_of(…), which finds them, or hidden = 0")
         self.program, self.distill, self.hidden = program, distill, dict(hidden or {})
         self.ranks = ranks_of(program) if ranks is None else ranks
 
