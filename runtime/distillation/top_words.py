@@ -12,7 +12,7 @@ from torch import Tensor
 from moec.runtime.distillation.lesson import TopWords
 from moec.runtime.distillation.losses import Words
 from moec.runtime.ops.groups import axis_size
-from moec.runtime.ops.logits import largest, over_ranks, require_own_words, row_chunks, softened
+from moec.runtime.ops.logits import largest, log_sums, over_ranks, require_own_words, row_chunks, softened
 from moec.runtime.ops.registry import demand, wide
 from moec.runtime.ops.vocabulary import stretch
 from moec.runtime.trainable import LocalTrainable, Trainable
@@ -54,8 +54,7 @@ def _totals(logits_NV: Tensor, temperature: float, axis: str, dtype: torch.dtype
     here_N = largest(logits_NV, dtype)
     logs_N = torch.empty_like(here_N)
     for at in row_chunks(logits_NV):
-        # The largest word of a row has the share 1 / sum of exponentials.
-        logs_N[at] = -largest(softened(logits_NV[at], temperature, dtype).log_softmax(1), dtype)
+        logs_N[at] = log_sums(softened(logits_NV[at], temperature, dtype).log_softmax(1))
     if not axis:
         return here_N, logs_N
     centre_N = over_ranks(here_N, axis, "max")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.runtime.ops.logits import largest, over_ranks, require_own_words, row_chunks, softened
+from moec.runtime.ops.logits import largest, log_sums, over_ranks, require_own_words, row_chunks, softened
 from moec.runtime.ops.registry import define, define_composite, demand, differentiate, wide
 
 
@@ -52,8 +52,7 @@ def _totals(
     for at in row_chunks(logits):
         soft = [softened(side[at], temperature, dtype) for side in sides]
         first, second = (side.log_softmax(1) for side in soft)
-        # The largest word of a row has the share 1 / sum of exponentials.
-        logs_2N[:, at] = torch.stack([-largest(first, dtype), -largest(second, dtype)])
+        logs_2N[:, at] = torch.stack([log_sums(first), log_sums(second)])
         within_N[at] = _within(soft[0].softmax(1), first.sub_(second))
     if not axis:
         return within_N, torch.ones_like(logs_2N)

@@ -21,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.runtime.ops.logits import largest, over_ranks, own_words, require_own_words, row_chunks, softened
+from moec.runtime.ops.logits import (
+    largest,
+    log_sums,
+    over_ranks,
+    own_words,
+    require_own_words,
+    row_chunks,
+    softened,
+)
 from moec.runtime.ops.registry import define, define_composite, demand, differentiate, wide
 
 _NAME = "divergence_top"
@@ -71,8 +79,7 @@ def _totals(
     for at in row_chunks(logits):
         chosen_NK[at], rest = _parted(logits[at], places_NK[at], dtype)
         centre_N[at] = largest(rest, dtype)
-        # The largest word of a row has the share 1 / sum of exponentials.
-        log_N[at] = -largest(softened(rest, temperature, dtype).log_softmax(1), dtype)
+        log_N[at] = log_sums(softened(rest, temperature, dtype).log_softmax(1))
     log_q_NK, rest_2N = _student(chosen_NK, centre_N, log_N, temperature, axis)
     log_p_NK, log_p_rest_N = log_shares.to(dtype), _teacher_rest(log_shares, num_classes, reverse).to(dtype)
     tops_NK = _terms(log_p_NK, log_q_NK, reverse).masked_fill(places_NK == held, 0.0)

@@ -46,6 +46,12 @@ def largest(logits_NV: Tensor, dtype: torch.dtype) -> Tensor:
     return logits_NV.amax(1).to(dtype)
 
 
+def log_sums(log_shares_NV: Tensor) -> Tensor:
+    """The logarithm [N] of the sum of exponentials of logits relative to the largest one, told by the
+    logarithms of their shares: that of the largest word is 1 / sum."""
+    return -largest(log_shares_NV, log_shares_NV.dtype)
+
+
 def row_chunks(logits_NV: Tensor) -> Iterator[slice]:
     """Stretches of rows, each small enough to be worked on at once."""
     rows, words = logits_NV.shape
