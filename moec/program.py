@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from moec import ir
-from moec.errors import DataError, PassError
+from moec.errors import PassError
 from moec.ir import region_of, regions
 from moec.ir.results import tapped_layers
 from moec.ir.retarget import on_device
+from moec.objective import Objective
 from moec.plan import LayerSettings, Plan
-from moec.runtime.distillation.lesson import Lesson
-from moec.runtime.distillation.losses import Words, hidden_loss, kl_loss, weighted
-from moec.runtime.trainable import LossTerms
 
 if TYPE_CHECKING:
     from moec.decoder import Decoder
@@ -31,10 +28,8 @@ if TYPE_CHECKING:
     from moec.runtime.generation.request import Options
     from moec.simulation import Simulation
 
-IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 
-
-class Program(ir.Program):
+class Program(Objective):
     """A program that can be run, trained, saved and shown; `moec.compile` makes it, `moec.load` reads it
     back."""
 
@@ -113,74 +108,6 @@ class Program(ir.Program):
         assert isinstance(made, Program)
         made.backend = self.backend
         return made
-
-    def loss(self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The training loss: next-token cross-entropy plus the plan's balance and z terms; fp32 scalar.
-
-        `targets` i64 [B, S]: what each position should say; left out, the next token (the last position has
-        none). Positions with target -100, or where `mask` [B, S] is false, do not count.
-        """
-        return self.loss_terms(tokens, targets, mask)["loss"]
-
-    def loss_terms(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        lesson: Lesson | None = None,
-    ) -> LossTerms:
-        """The loss, taken apart: `loss`, `task`, and for sparse programs `balance`, `z` (weighted) and
-        `counts`.
-
-        With a `lesson`, what a teacher says of the tokens, the loss has its terms too, and `kl` and `hidden`
-        say how far the student is from it, at the positions that count. Where it speaks of hidden states, the
-        program runs `tapped`.
-        """
-        running = self if lesson is None or not lesson.hidden else self.tapped(lesson.hidden)
-        logits, terms = running.run(tokens)
-        targets = self._targets(tokens, targets, mask)
-        task = self._task_loss(logits, targets)
-        found: LossTerms = {"loss": task, "task": task}
-        if "counts" in terms:
-            found |= {"balance": at_least_float(terms["balance"]), "z": at_least_float(terms["z"])}
-            found |= {"loss": task + found["balance"] + found["z"], "counts": terms["counts"]}
-        if lesson is None:
-            return found
-        return found | self._taught(logits, terms, targets, lesson, found["loss"])
-
-    def _task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return task_loss(logits, targets)
-
-    def _taught(
-        self, logits: Tensor, terms: Mapping[str, Any], targets: Tensor, lesson: Lesson, loss: Tensor
-    ) -> LossTerms:
-        """The total loss with a teacher's terms, and these."""
-        counted, count = targets != IGNORED, self._count(targets)
-        kl = kl_loss(logits, lesson, counted, count, self._logit_words(logits))
-        found: LossTerms = {"kl": kl}  # type: ignore[typeddict-item]
-        if lesson.hidden:
-            found["hidden"] = hidden_loss(terms["hidden"], lesson, counted, count)
-        return found | {"loss": loss + weighted(lesson, kl, found.get("hidden"))}
-
-    def _count(self, targets: Tensor) -> Tensor:
-        """What sums over positions are divided by."""
-        return (targets != IGNORED).sum()
-
-    def _logit_words(self, logits: Tensor) -> Words:
-        return Words(logits.shape[-1])
-
-    def _targets(self, tokens: Tensor, targets: Tensor | None, mask: Tensor | None) -> Tensor:
-        """What each position is to say, `IGNORED` where it does not count."""
-        if targets is None:
-            if tokens.shape[1] < 2:
-                raise DataError(
-                    "program.loss", "one position and no targets", "two positions at least, or targets"
-                )
-            targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
-        if targets.shape != tokens.shape:
-            raise DataError("program.loss", f"targets {list(targets.shape)}", f"targets {list(tokens.shape)}")
-        return targets if mask is None else targets.masked_fill(~mask.bool(), IGNORED)
 
     def moe_settings(self) -> Mapping[str, LayerSettings]:
         """The settings of each expert layer, by name; empty for a dense program."""
@@ -352,13 +279,3 @@ class Program(ir.Program):
         made = Program(in_dtype(self.graph, dtype), **self._records())
         made.backend = self.backend
         return made
-
-
-def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in fp32 over the positions that count. logits [B, S, V], targets i64 [B, S]."""
-    return F.cross_entropy(at_least_float(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-
-
-def at_least_float(value: Tensor) -> Tensor:
-    """`value` in fp32, or in fp64 where it is: what losses are computed in."""
-    return value.float() if value.dtype != torch.float64 else value

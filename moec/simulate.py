@@ -22,8 +22,9 @@ from moec.errors import DataError, PassError
 from moec.ir.graphs import output
 from moec.ir.mesh import DATA, TENSOR, Mesh
 from moec.local_program import LocalProgram
+from moec.objective import at_least_float
 from moec.passes.place_dense import logits_split
-from moec.program import Program, at_least_float
+from moec.program import Program
 from moec.runtime.predicted_traffic import predict_traffic
 from moec.runtime.simulated import run_ranks
 from moec.runtime.traffic import BACKWARD, FORWARD, Kind, Traffic, all_reduce_cost, count_traffic

@@ -14,8 +14,9 @@ from torch import Tensor
 import moec
 from examples.gpt import GPT, GPTConfig
 from moec.errors import DataError, MoecError, PlanError, TrainError
+from moec.objective import IGNORED
 from moec.plan import Distill, Train
-from moec.program import IGNORED, Program
+from moec.program import Program
 from moec.runtime.batch_loss import BatchLoss
 from moec.runtime.data import Batch
 from moec.runtime.distillation.lesson import Lesson

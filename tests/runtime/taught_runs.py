@@ -19,8 +19,9 @@ from moec import teaching
 from moec.api import place
 from moec.ir.mesh import Mesh
 from moec.local_program import LocalProgram
+from moec.objective import IGNORED
 from moec.plan import Distill, Parallel, Train
-from moec.program import IGNORED, Program
+from moec.program import Program
 from moec.runtime.batch_loss import BatchLoss
 from moec.runtime.data import Batch
 from moec.runtime.distillation.teacher import Teacher
