@@ -224,8 +224,9 @@ def test_other_settings_are_another_run(
     taught(TinyProgram(), data, tmp_path / "run").run(stop_at=2)
     student = TinyProgram(seed=4)
     before = state(student)
+    changed = taught(student, data, tmp_path / "run", distill=changed_distill(**changes), eval_every=5)
     with pytest.raises(ArtifactError) as caught:
-        taught(student, data, tmp_path / "run", distill=changed_distill(**changes)).run(resume=True)
+        changed.run(resume=True)
     error, name = caught.value, what.removeprefix("distill.")
     assert error.where == f"{tmp_path / 'run/step-00000002'} (distill)"
     assert error.found == f"{what} {getattr(STAGED, name)}"
