@@ -117,5 +117,5 @@ class _Reading(fx.Interpreter):
 
 def _cosines(entered_BSD: Tensor, left_BSD: Tensor) -> float:
     """The sum over positions of the cosines; that of a zero vector is zero."""
-    pair = (value.to(wide(value.dtype)) for value in (entered_BSD, left_BSD))
-    return float(torch.cosine_similarity(*pair, dim=-1).double().sum())
+    entered_BSD, left_BSD = (value.to(wide(value.dtype)) for value in (entered_BSD, left_BSD))
+    return float(torch.cosine_similarity(entered_BSD, left_BSD, dim=-1).double().sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -110,7 +111,7 @@ class _Reading:
         return 0.0 if opinionless else float(settings["router_std"])
 
 
-def _moe_settings(root: fx.GraphModule, layer: int) -> dict[str, object]:
+def _moe_settings(root: fx.GraphModule, layer: int) -> dict[str, Any]:
     region = region_of(root.get_submodule(f"moe_{layer}"))
     assert region is not None
     return region.settings

@@ -138,6 +138,34 @@ def test_families_begin_anew(name: str) -> None:
     assert all(torch.equal(value, buffers[key]) for key, value in fresh.named_buffers())
 
 
+def test_a_fresh_student_is_the_shallow_model_begun_anew() -> None:
+    """By the plan, compiled or cut from a program: the numbers of the model that was built shallow."""
+    table = {"student": {"keep": [0, 2], "init": "fresh", "seed": 4}}
+    shallow = dict(renewed(moec.compile(gpt(layers=2), verify="off"), 4).named_parameters())
+    teacher = moec.compile(gpt(), verify="off")
+    before = {name: value.clone() for name, value in teacher.named_parameters()}
+    for student in (moec.compile(gpt(), table), teacher.student(table)):
+        found = dict(student.named_parameters())
+        assert found.keys() == shallow.keys()
+        assert all(torch.equal(found[name], value) for name, value in shallow.items())
+        assert student.certificates[-1].rewrite == "renew_weights"
+    assert all(torch.equal(value, before[name]) for name, value in teacher.named_parameters())
+
+
+def test_a_fresh_student_of_experts_has_experts_of_its_own() -> None:
+    table = {"student": {"keep": [0, 1], "init": "fresh"}}
+    teacher = moec.compile(gpt(), SPARSE, verify="off")
+    student = teacher.student(table)
+    old, new = (dict(p.named_parameters()) for p in (teacher, student))
+    assert not any(
+        torch.equal(new[name], old[name])
+        for name in new
+        if name.startswith(("moe_1", "mix_1")) and new[name].any()
+    )
+    assert student.origins["moe_1.up.weight"].how == "fresh"
+    assert {c.what for c in student.certificates[-1].checks} >= {"experts that are alike"}
+
+
 def test_what_changes_the_width_of_the_stream_ends_no_branch() -> None:
     """OPT's 350M embeds in fewer dims than its layers have: products on the way in and out, no branches."""
     torch.manual_seed(0)
