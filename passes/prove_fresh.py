@@ -99,7 +99,7 @@ class _Norms(fx.Interpreter):
             args, _ = self.fetch_args_kwargs_from_env(n)
             rest = args[4:5] if n.target is aten.layer_norm.default else args[3:4]
             nothing = (None, None) if n.target is aten.layer_norm.default else (None,)
-            bare = n.target(*args[:2], *nothing, *rest)  # type: ignore[operator]
+            bare = n.target(*args[:2], *nothing, *rest)
             self.seen[f"{self.owner}{n.name}"] = error_of(value, bare)
         return value
 
