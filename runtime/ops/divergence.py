@@ -52,7 +52,8 @@ def _totals(
     for at in row_chunks(logits):
         soft = [softened(side[at], temperature, dtype) for side in sides]
         first, second = (side.log_softmax(1) for side in soft)
-        logs_2N[:, at] = torch.stack([log_sums(first), log_sums(second)])
+        if axis:
+            logs_2N[:, at] = torch.stack([log_sums(first), log_sums(second)])
         within_N[at] = _within(soft[0].softmax(1), first.sub_(second))
     if not axis:
         return within_N, torch.ones_like(logs_2N)
@@ -110,30 +111,31 @@ def _gradient(
     gradient = torch.empty_like(logits)
     for at in row_chunks(logits):
         first, second = (softened(side[at], temperature, rows.dtype) for side in sides)
-        gradient[at] = slope(first, second, shares[:, at].unsqueeze(2), rows[at, None]).mul_(scale_N1[at])
+        here = shares[:, at].unsqueeze(2) if axis else None
+        gradient[at] = slope(first, second, here, rows[at, None]).mul_(scale_N1[at])
     return gradient
 
 
-def _slope(first: Tensor, second: Tensor, shares: Tensor, rows: Tensor) -> Tensor:
-    """q - p, the student second."""
-    return _of_all_words(second, shares[1]).sub_(_of_all_words(first, shares[0]))
+def _slope(first: Tensor, second: Tensor, here: Tensor | None, rows: Tensor) -> Tensor:
+    """q - p, the student second; `here`: how much of both sides lies on this rank, None: all of them."""
+    return _of_all_words(second, here, 1).sub_(_of_all_words(first, here, 0))
 
 
-def _slope_reverse(first: Tensor, second: Tensor, shares: Tensor, rows: Tensor) -> Tensor:
+def _slope_reverse(first: Tensor, second: Tensor, here: Tensor | None, rows: Tensor) -> Tensor:
     """q · (log q - log p - divergence), the student first."""
     gaps = first.log_softmax(1).sub_(second.log_softmax(1))
-    gaps.add_(shares[0].log() - shares[1].log() - rows)
-    q = _of_all_words(first, shares[0])
+    gaps.sub_(rows if here is None else rows - here[0].log() + here[1].log())
+    q = _of_all_words(first, here, 0)
     return gaps.mul_(q).masked_fill_(q == 0, 0.0)
 
 
-def _of_all_words(soft_NV: Tensor, share_N1: Tensor) -> Tensor:
+def _of_all_words(soft_NV: Tensor, here: Tensor | None, side: int) -> Tensor:
     """The shares of this rank's words among those of all ranks."""
     shares_NV = soft_NV.softmax(1)
-    if (share_N1 == 1).all():
+    if here is None:
         return shares_NV
     # Where this rank has no share, the softmax may be that of nothing.
-    return shares_NV.mul_(share_N1).masked_fill_(share_N1 == 0, 0.0)
+    return shares_NV.mul_(here[side]).masked_fill_(here[side] == 0, 0.0)
 
 
 def _fake_gradient(
