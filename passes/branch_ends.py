@@ -68,7 +68,7 @@ def branch_ends(root: fx.GraphModule) -> BranchEnds:
     while passed := [leaf for leaf in reading.sources(leaves) if is_call(leaf.node, *PRODUCTS)]:
         leaves -= set(passed)
         for leaf in passed:
-            leaves |= reading.leaves(leaf.node.args[0], leaf.owner, leaf.place)
+            leaves |= reading.leaves(leaf.node.args[0], leaf.owner, leaf.place if leaf.owner else None)
     ends = [leaf for leaf in leaves - reading.sources(leaves) if is_call(leaf.node, *PRODUCTS)]
     names = {reading.matrix(leaf) for leaf in ends} - {""}
     return BranchEnds(frozenset(names), len({reading.site(leaf) for leaf in ends}))

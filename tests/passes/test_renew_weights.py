@@ -201,7 +201,7 @@ def test_what_is_not_known_is_refused_by_name() -> None:
     program = moec.compile(Tempered(), verify="off")
     assert_refuses(RenewWeights(), program, match=r"heat \[\][\s\S]*unknown of `.*exp")
     model = gpt()
-    model.norm = Both()
+    model.add_module("norm", Both())
     program = moec.compile(model, verify="off")
     assert_refuses(RenewWeights(), program, match=r"both \[32\][\s\S]*scale of[\s\S]*shift of")
     program = moec.compile(gpt(), verify="off")
