@@ -23,13 +23,14 @@ def test_a_wrong_one_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_that_of_the_step() -> None:
-    logits, teacher = divergence.inputs(512, 8192)
+    logits, teacher = divergence.inputs(2048, 8192)
     gradient = logits.nbytes / 1e6
     found = [
         divergence.extra_memory(divergence.step(cost, logits, teacher))
         for cost in (divergence.ours, divergence.torch_kl)
     ]
-    assert 0.9 * gradient <= found[0] <= 2 * gradient
+    # Beside the gradient, some 20 MB of torch itself, which a copy of a process loads again.
+    assert 0.9 * gradient <= found[0] <= gradient + 40
     assert found[1] >= 3 * gradient
 
 
