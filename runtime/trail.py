@@ -137,6 +137,25 @@ class Trail:
 
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
+    def overhear(self, root: nn.Module, whose: str) -> None:
+        """Know the regions of a graph that only runs forward, in between: `the teacher's moe_3`. The hooks go
+        with the graph, which is not held."""
+
+        def enter(name: str) -> Callable[..., None]:
+            def note(*_: object) -> None:
+                self._region, self._inside = f"{whose} {name}", True
+
+            return note
+
+        def leave(*_: object) -> None:
+            self._region, self._inside = "", False
+
+        for module in root.modules():
+            region = region_of(module)
+            if region is not None:
+                module.register_forward_pre_hook(enter(region.name))
+                module.register_forward_hook(leave)
+
     def _cross(self, region: str) -> None:
         self._region = region
         if torch._C._current_autograd_node() is None:  # a recomputation has numbers that no backward runs

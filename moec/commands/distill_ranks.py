@@ -93,9 +93,7 @@ class DistillingRank(TrainingRank):
 
     def _learn_from_teacher(self, course: Course, local: LocalProgram) -> TrainResult:
         run, place = course.asked, self.place
-        teacher = Called(
-            lambda: part_of(run.model, None, place.rank, place.world, trust=run.trust).named(TEACHER)
-        )
+        teacher = Called(self._teacher)
         console = Console(stderr=run.as_json)
         tell_terms(course, console)
         if not run.resume:
@@ -110,6 +108,14 @@ class DistillingRank(TrainingRank):
         if not result.interrupted:
             save_trained(course, local)
         return result
+
+    def _teacher(self) -> LocalProgram:
+        """This rank's part of the teacher."""
+        run, place = self.asked, self.place
+        part = part_of(run.model, None, place.rank, place.world, trust=run.trust).named(TEACHER)
+        if part.backend in ("eager", "fused"):
+            self.trail.overhear(part.executed, f"the {TEACHER}'s")
+        return part
 
 
 def teacher_mesh(course: Course, world: int) -> Mesh:
