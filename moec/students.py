@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moec import ir
 from moec.api import unplaced
 from moec.errors import PassError, PlanError
-from moec.ir import region_of, regions
+from moec.ir import Ledger, region_of, regions
 from moec.ir.graphs import fork
 from moec.passes.blocks import blocks_of
 from moec.passes.keep_layers import STAGES
@@ -46,8 +46,10 @@ def student_of(
     runner = Runner(verify=verify)
     made = _own_weights(runner.run(_bare(teacher), student(cut)))
     made.plan = asked
-    if asked.moe is not None:
-        made = _with_experts(made, asked, runner)
+    if asked.moe is not None and not regions(teacher.graph, "moe"):
+        made = runner.run(made, sparse(asked))
+    elif asked.moe is not None:
+        made.ledger = _with_other_counts(made, asked)
     done = Program.of(made, backend=teacher.backend)
     return done.train(teacher.training)
 
@@ -114,19 +116,18 @@ def _copy(value: Tensor) -> Tensor:
     return nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied
 
 
-def _with_experts(made: ir.Program, plan: Plan, runner: Runner) -> ir.Program:
-    """Experts by the plan, at the student's own depth; a program that has experts keeps those it has."""
-    if not regions(made.graph, "moe"):
-        return runner.run(made, sparse(plan))
+def _with_other_counts(made: ir.Program, plan: Plan) -> Ledger:
+    """The ledger of a student with its teacher's experts, and what the plan would have at its depth."""
     found = {index: number for index, (_, number) in sorted(_sites(made).items())}
     paths = [path for _, (path, _) in sorted(_sites(made).items())]
-    settings = plan.layer_settings(len(paths), paths)
+    said = "experts are the teacher's, not as [moe] would make them at this depth"
+    try:
+        settings = plan.layer_settings(len(paths), paths)
+    except PlanError as error:  # nothing is made by it here, so it need not fit
+        return made.ledger.note(f"{said}: {error.where}: {error.found}")
     needed = {index: settings[i].experts if i in settings else 0 for i, index in enumerate(found)}
     other = [f"layer {i} has {found[i]}, not {needed[i]}" for i in found if found[i] != needed[i]]
-    if other:
-        told = f"experts are the teacher's, not as [moe] would make them at this depth: {', '.join(other)}"
-        made.ledger = made.ledger.note(told)
-    return made
+    return made.ledger.note(f"{said}: {', '.join(other)}") if other else made.ledger
 
 
 def _sites(program: ir.Program) -> dict[int, tuple[str, int]]:
