@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_what_a_student_can_do(teacher: moec.Program, tmp_path: Path) -> None:
     assert dict(again.origins) == dict(student.origins)
     assert again.diff("teacher") == student.diff("teacher")
     written = again.generate(tokens()[:, :3], 4)
+    assert isinstance(written, torch.Tensor)
     for length in range(3, 7):  # what the cache gives is what the whole program gives
         assert torch.equal(written[:, length], student(written[:, :length])[:, -1].argmax(-1))
     torch.testing.assert_close(student.fused(verify="full").eval()(tokens()), logits)
@@ -141,7 +143,7 @@ def test_explain_names_the_teachers_layer(teacher: moec.Program) -> None:
         ({"plan": {"student": {"depth": 2, "by": "importance"}}}, "student.by", "no text"),
     ],
 )
-def test_what_cannot_be_kept(teacher: moec.Program, options: dict, where: str, found: str) -> None:
+def test_what_cannot_be_kept(teacher: moec.Program, options: dict[str, Any], where: str, found: str) -> None:
     with pytest.raises(PlanError) as caught:
         teacher.student(**options)
     assert caught.value.where == where
