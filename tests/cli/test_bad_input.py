@@ -30,7 +30,7 @@ Refused = Callable[..., str]
         (["show", GPT, "--stage", "canonicl"], ["found   no stage of that name", "nearest 'canonical'"]),
         (["diff", GPT, "capturd"], ["stage 'capturd'", "nearest 'captured'"]),
         (["explain", GPT, "fn_0"], ["explain 'fn_0'", "nearest 'ffn_0'"]),
-        (["plans", "pr_mo"], ["no shipped plan 'pr_mo'", "nearest 'pr_moe'"]),
+        (["plans", "prmoe"], ["no shipped plan 'prmoe'", "nearest 'pr_moe'"]),
     ],
 )
 def test_words(words: list[str], lines: list[str], refused: Refused) -> None:
