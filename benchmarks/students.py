@@ -68,17 +68,16 @@ STUDENTS: Mapping[str, Mapping[str, Any]] = {
     for start, init in (("of its layers", "teacher"), ("from scratch", "fresh"))
     for arm, how in ARMS.items()
 }
-#: Sparse models that have learned for twice as long: another run of as many steps, on other text, from where
-#: the first one ended.
-HALVES = "MoE 8, first half", "MoE 8, second half"
-LONGER: Mapping[str, str] = {f"{name}, twice": name for name in (*HALVES, TEACHER)}
+#: A teacher that has learned for twice as long: another run of as many steps, on other text, from where the
+#: first one ended.
+BETTER_TEACHER = f"{TEACHER}, twice"
 #: Students from scratch of a teacher that has learned for twice as long.
 BETTER: Mapping[str, Mapping[str, Any]] = {
     f"student from scratch, better {arm}": {"student": {"depth": 7, "init": "fresh"}, "distill": how}
     for arm, how in ARMS.items()
     if how is not None
 }
-VARIANTS = {**SPARSE, **STUDENTS, **{name: SPARSE[base] for name, base in LONGER.items()}, **BETTER}
+VARIANTS = {**SPARSE, **STUDENTS, BETTER_TEACHER: SPARSE[TEACHER], **BETTER}
 TRAIN = Train(
     steps=600, batch=32, sequence=64, lr=3e-3, warmup=60, betas=(0.9, 0.99), eval_every=150,
     eval_batches=8, save_every=0, log_every=100,
@@ -89,12 +88,12 @@ OTHER_TEXT = 100
 
 def train_once(variant: str, seed: int, settings: Train, data: TextData, work: Path) -> Run:
     """Train `variant` with `seed`, keep its program in `work`, and measure it on held-out text."""
-    settings = settings.model_copy(update={"seed": seed + OTHER_TEXT * (variant in LONGER)})
+    settings = settings.model_copy(update={"seed": seed + OTHER_TEXT * (variant == BETTER_TEACHER)})
     plan = plan_of(variant, seed)
     program = beginning(variant, seed, work)
     teaching = None
     if plan.distill is not None:
-        known = f"{TEACHER}, twice" if variant in BETTER else TEACHER
+        known = BETTER_TEACHER if variant in BETTER else TEACHER
         teacher = LiveTeacher(moec.load(folder_of(known, seed, work)), plan.distill)
         teaching = Teaching(teacher, plan.distill, settings.steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,9 +123,7 @@ def beginning(variant: str, seed: int, work: Path) -> Program:
     plan = plan_of(variant, seed)
     if plan.student is not None:
         return student_of(plan, seed, work)
-    if variant in LONGER:
-        return moec.load(folder_of(LONGER[variant], seed, work))
-    return fresh(plan, seed)
+    return moec.load(folder_of(TEACHER, seed, work)) if variant == BETTER_TEACHER else fresh(plan, seed)
 
 
 def fresh(plan: Plan, seed: int) -> Program:
@@ -193,10 +190,9 @@ def tables(runs: list[Run]) -> dict[str, str]:
     by_start = {start: [name for name in STUDENTS if start in name] for start in alone}
     return {
         "sparse_models": table(runs, SPARSE, "dense"),
-        "sparse_models_longer": table(runs, LONGER, f"{HALVES[0]}, twice"),
         "students_of_its_layers": table(runs, [TEACHER, *by_start["of its layers"]], alone["of its layers"]),
         "students_from_scratch": table(
-            runs, [f"{TEACHER}, twice", *by_start["from scratch"], *BETTER], alone["from scratch"]
+            runs, [BETTER_TEACHER, *by_start["from scratch"], *BETTER], alone["from scratch"]
         ),
     }
 

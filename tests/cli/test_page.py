@@ -41,6 +41,9 @@ def pattern_of(text: str) -> re.Pattern[str]:
 def test_the_page_says_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "student.toml").write_text(
+        "[student]\ndepth = 3\n\n[distill]\nstop = 0.7\n", encoding="utf-8"
+    )
     for command, output in expected():
         result = run_moec(*shlex.split(command))
         shown = result.stdout + result.stderr
@@ -49,7 +52,7 @@ def test_the_page_says_what_is_printed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_page_shows_every_command() -> None:
     shown = {command.split()[0] for command, _ in expected()}
-    assert shown == {"compile", "show", "diff", "explain", "train", "generate", "bisect", "plans"}
+    assert shown == {"compile", "show", "diff", "explain", "train", "distill", "generate", "bisect", "plans"}
 
 
 def test_patterns_see_a_difference() -> None:
