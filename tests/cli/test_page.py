@@ -42,7 +42,7 @@ def test_the_page_says_what_is_printed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "student.toml").write_text(
-        "[student]\ndepth = 3\n\n[distill]\nstop = 0.7\n", encoding="utf-8"
+        "[student]\ndepth = 3\n\n[distill]\nstop = 0.7\n\n[train]\nsequence = 64\n", encoding="utf-8"
     )
     for command, output in expected():
         result = run_moec(*shlex.split(command))
