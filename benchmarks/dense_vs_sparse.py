@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,12 +21,10 @@ import torch
 from rich.console import Console
 
 import moec
-from benchmarks.experiment import Results, Run, busiest, spread
+from benchmarks.experiment import Course, Results, Run, spread, train_and_measure
 from examples import gpt
 from moec.plan import Plan, Train
 from moec.runtime.data import TextData, load_text
-from moec.runtime.evaluate import evaluate
-from moec.runtime.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "dense_vs_sparse.json"
@@ -67,27 +63,13 @@ def train_once(variant: str, seed: int, settings: Train, data: TextData) -> Run:
     torch.manual_seed(seed)
     settings = settings.model_copy(update={"seed": seed})
     program = moec.compile(gpt.small(), plan=plan_of(variant, seed), verify="off")
-    with tempfile.TemporaryDirectory() as folder:
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = Trainer(program, settings, data, folder, console=CONSOLE).run()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    last = evaluate(program, data, settings, batches=FINAL_BATCHES)
-    return Run(
-        variant, seed, last.bits, program.num_parameters(), program.num_parameters(active=True),
-        tokens_per_second=result.tokens_per_second, tokens_per_cpu_second=_num_tokens(settings) / cpu,
-        seconds=wall, busiest=busiest(last),
-        curve={str(e.step): e.evaluation.bits for e in result.evaluations},
-    )  # fmt: skip
+    return train_and_measure(program, variant, seed, Course(settings, data, FINAL_BATCHES, CONSOLE))
 
 
 def plan_of(variant: str, seed: int) -> Plan:
     """The plan of a variant; `seed` draws its routers and experts."""
     moe = VARIANTS[variant]
     return Plan.resolve(None if moe is None else {"moe": {**moe, "seed": seed}})
-
-
-def _num_tokens(settings: Train) -> int:
-    return settings.steps * settings.batch * settings.sequence
 
 
 def conditions(settings: Train) -> dict[str, Any]:

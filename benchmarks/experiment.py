@@ -1,16 +1,29 @@
-"""Experiments of several variants and seeds: one run, the runs that are kept, means and spreads."""
+"""Experiments of several variants and seeds: one run, the runs that are kept, means and spreads.
+
+What the experiments differ in is the program of a variant, and by what it is taught; how it is trained and
+measured is here.
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
+import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from benchmarks import machine
-from moec.runtime.evaluate import Evaluation
+from moec.plan import Train
+from moec.program import Program
+from moec.runtime.data import TextData
+from moec.runtime.distillation.teaching import Teaching
+from moec.runtime.evaluate import Evaluation, evaluate
+from moec.runtime.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,42 @@ class Results:
         draft = self.path.with_suffix(".partial")
         draft.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         draft.replace(self.path)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run is trained and measured: on which text, and on how many held-out batches in the end."""
+
+    settings: Train
+    data: TextData
+    final_batches: int
+    console: Console
+
+    @property
+    def num_tokens(self) -> int:
+        """What a run learns from."""
+        return self.settings.steps * self.settings.batch * self.settings.sequence
+
+
+def train_and_measure(
+    program: Program, variant: str, seed: int, course: Course, teaching: Teaching | None = None
+) -> Run:
+    """Train `program` in place, its run called `variant` and `seed`, and measure it on held-out text.
+
+    Batches are drawn by the seed of `course.settings`, which need not be that of the run.
+    """
+    settings, data = course.settings, course.data
+    with tempfile.TemporaryDirectory() as folder:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = Trainer(program, settings, data, folder, console=course.console, teaching=teaching).run()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    last = evaluate(program, data, settings, batches=course.final_batches)
+    return Run(
+        variant, seed, last.bits, program.num_parameters(), program.num_parameters(active=True),
+        tokens_per_second=result.tokens_per_second, tokens_per_cpu_second=course.num_tokens / cpu,
+        seconds=wall, busiest=busiest(last),
+        curve={str(e.step): e.evaluation.bits for e in result.evaluations},
+    )  # fmt: skip
 
 
 def busiest(evaluation: Evaluation) -> dict[str, float]:

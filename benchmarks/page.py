@@ -11,15 +11,21 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 RESULTS = Path(__file__).with_name("results")
 
 
-def record(found: dict[str, Any], out: Path, own: Path, table: Callable[[list[dict[str, Any]]], str]) -> None:
-    """Write a record as JSON; when it takes the place of the benchmark's own, its table on the page too.
+def record(
+    found: dict[str, Any],
+    out: Path,
+    own: Path,
+    table: Callable[[list[dict[str, Any]]], str],
+    page: Path | None = None,
+) -> None:
+    """Write a record as JSON; when it takes the place of the benchmark's own, its table on `page` too.
 
-    `table` makes it of the record's `cases`.
+    `table` makes it of the record's `cases`; `page` is that of performance where none is given.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if out.resolve() == own.resolve():
-        write_table(PAGE, own.stem, table(found["cases"]))
+        write_table(page or PAGE, own.stem, table(found["cases"]))
 
 
 def marks(name: str) -> tuple[str, str]:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 from rich.console import Console
 
 import moec
-from benchmarks.experiment import Results, Run, busiest, spread
+from benchmarks.experiment import Course, Results, Run, spread, train_and_measure
 from benchmarks.page import RESULTS, write_table
 from examples.gpt import GPT, GPTConfig
 from moec.plan import Plan, Train
@@ -33,8 +31,6 @@ from moec.program import Program
 from moec.runtime.data import TextData, load_text
 from moec.runtime.distillation.teacher import LiveTeacher
 from moec.runtime.distillation.teaching import Teaching
-from moec.runtime.evaluate import evaluate
-from moec.runtime.train import Trainer
 
 PAGE = Path(__file__).parents[1] / "docs" / "experiments.md"
 OWN = RESULTS / "students.json"
@@ -96,18 +92,9 @@ def train_once(variant: str, seed: int, settings: Train, data: TextData, work: P
         known = BETTER_TEACHER if variant in BETTER else TEACHER
         teacher = LiveTeacher(moec.load(folder_of(known, seed, work)), plan.distill)
         teaching = Teaching(teacher, plan.distill, settings.steps)
-    with tempfile.TemporaryDirectory() as folder:
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = Trainer(program, settings, data, folder, console=CONSOLE, teaching=teaching).run()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    last = evaluate(program, data, settings, batches=FINAL_BATCHES)
+    run = train_and_measure(program, variant, seed, Course(settings, data, FINAL_BATCHES, CONSOLE), teaching)
     program.eval().save(folder_of(variant, seed, work))
-    return Run(
-        variant, seed, last.bits, program.num_parameters(), program.num_parameters(active=True),
-        tokens_per_second=result.tokens_per_second, tokens_per_cpu_second=num_tokens(settings) / cpu,
-        seconds=wall, busiest=busiest(last),
-        curve={str(e.step): e.evaluation.bits for e in result.evaluations},
-    )  # fmt: skip
+    return run
 
 
 def plan_of(variant: str, seed: int) -> Plan:
@@ -140,11 +127,6 @@ def student_of(plan: Plan, seed: int, work: Path) -> Program:
 def folder_of(variant: str, seed: int, work: Path) -> Path:
     """Where the program of a finished run lies."""
     return work / f"{variant.replace('/', '-').replace(', ', '-').replace(' ', '-')}-{seed}"
-
-
-def num_tokens(settings: Train) -> int:
-    """What a run learns from."""
-    return settings.steps * settings.batch * settings.sequence
 
 
 def conditions(settings: Train) -> dict[str, Any]:

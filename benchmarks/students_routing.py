@@ -9,7 +9,6 @@ the byte alone decides, 0 where it says nothing. The table goes into `docs/exper
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 import moec
 from benchmarks import machine
 from benchmarks.experiment import spread
-from benchmarks.page import RESULTS, write_table
+from benchmarks.page import RESULTS, record
 from benchmarks.students import CONFIG, PAGE, TEACHER, folder_of
 from moec.ir import regions
 from moec.program import Program
@@ -96,10 +95,8 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = measure(options.work, options.seeds)
     print(table(cases))
-    record = {"machine": machine.describe(), "tokens": BATCHES * ROWS * CONFIG.seq, "cases": cases}
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if options.out.resolve() == OWN.resolve():
-        write_table(PAGE, OWN.stem, table(cases))
+    found = {"machine": machine.describe(), "tokens": BATCHES * ROWS * CONFIG.seq, "cases": cases}
+    record(found, options.out, OWN, table, PAGE)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ run. The table goes into `docs/experiments.md`.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 
 import moec
 from benchmarks import machine
-from benchmarks.page import RESULTS, write_table
+from benchmarks.page import RESULTS, record
 from benchmarks.race import Timing, race
 from benchmarks.students import PAGE, STUDENTS, TEACHER, folder_of
 from moec.program import Program
@@ -81,9 +80,7 @@ def main() -> None:
     told = {"machine": machine.describe(), "rounds": options.rounds}
     cases = [case for rows in (1, 8) for case in measure(options.work, options.rounds, rows)]
     print(table(cases))
-    options.out.write_text(json.dumps({**told, "cases": cases}, indent=1) + "\n", encoding="utf-8")
-    if options.out.resolve() == OWN.resolve():
-        write_table(PAGE, OWN.stem, table(cases))
+    record({**told, "cases": cases}, options.out, OWN, table, PAGE)
 
 
 if __name__ == "__main__":
