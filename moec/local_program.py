@@ -30,7 +30,7 @@ from moec.plan import Plan
 from moec.program import Program
 from moec.runtime.aligned_draws import align_draws
 from moec.runtime.distillation.lesson import Lesson
-from moec.runtime.distillation.losses import Words
+from moec.runtime.distillation.losses import words_of
 from moec.runtime.trainable import LossTerms
 
 if TYPE_CHECKING:
@@ -109,9 +109,8 @@ class LocalProgram(Program):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] for this rank's tokens [B, S] (i64); gathered where the vocabulary is split."""
         logits = self.run(tokens)[0]
-        if self.words is None:
-            return logits
-        return torch.ops.moec.gather_vocabulary(logits, sum(self.words.blocks), self.words.axis)
+        words = words_of(self, logits)
+        return torch.ops.moec.gather_vocabulary(logits, words.number, words.axis) if words.axis else logits
 
     @functools.cached_property
     def words(self) -> Split | None:
@@ -189,17 +188,13 @@ class LocalProgram(Program):
             count = c10d.wait_tensor(c10d.all_reduce(count, "sum", axis))
         return count * self.layout.mesh.tensor
 
-    def _logit_words(self, logits: Tensor) -> Words:
-        split = self.words
-        return Words(logits.shape[-1]) if split is None else Words(sum(split.blocks), split.axis)
-
     def _task_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        wide = at_least_float(logits).flatten(0, 1)
-        if self.words is None:
+        wide, words = at_least_float(logits).flatten(0, 1), words_of(self, logits)
+        if not words.axis:
             losses = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")
         else:
-            words = sum(self.words.blocks), IGNORED, self.words.axis
-            losses = torch.ops.moec.cross_entropy_part(wide, targets.flatten(), *words).sum()
+            how = words.number, IGNORED, words.axis
+            losses = torch.ops.moec.cross_entropy_part(wide, targets.flatten(), *how).sum()
         return losses / self._count(targets)
 
     def placements(self) -> dict[str, Placement]:

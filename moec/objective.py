@@ -13,7 +13,7 @@ from torch import Tensor
 from moec import ir
 from moec.errors import DataError
 from moec.runtime.distillation.lesson import Lesson
-from moec.runtime.distillation.losses import Words, hidden_loss, kl_loss, weighted
+from moec.runtime.distillation.losses import hidden_loss, kl_loss, weighted, words_of
 from moec.runtime.trainable import LossTerms
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
@@ -69,7 +69,7 @@ class Objective(ir.Program):
     ) -> LossTerms:
         """The total loss with a teacher's terms, and these."""
         counted, count = targets != IGNORED, self._count(targets)
-        kl = kl_loss(logits, lesson, counted, count, self._logit_words(logits))
+        kl = kl_loss(logits, lesson, counted, count, words_of(self, logits))
         found: LossTerms = {"kl": kl}  # type: ignore[typeddict-item]
         if lesson.hidden:
             found["hidden"] = hidden_loss(terms["hidden"], lesson, counted, count)
@@ -78,9 +78,6 @@ class Objective(ir.Program):
     def _count(self, targets: Tensor) -> Tensor:
         """What sums over positions are divided by."""
         return (targets != IGNORED).sum()
-
-    def _logit_words(self, logits: Tensor) -> Words:
-        return Words(logits.shape[-1])
 
     def _targets(self, tokens: Tensor, targets: Tensor | None, mask: Tensor | None) -> Tensor:
         """What each position is to say, `IGNORED` where it does not count."""

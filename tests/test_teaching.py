@@ -19,7 +19,9 @@ from moec.plan import Distill, Train
 from moec.program import Program
 from moec.runtime.batch_loss import BatchLoss
 from moec.runtime.data import Batch
+from moec.runtime.distillation.handover import MovedTeacher
 from moec.runtime.distillation.lesson import Lesson
+from moec.runtime.distillation.spread import Spread
 from moec.runtime.distillation.teacher import LiveTeacher
 from moec.runtime.simulated import run_ranks
 from moec.runtime.step import OptimizerStep
@@ -253,6 +255,15 @@ def test_the_student_is_no_teacher_of_itself() -> None:
     student = compiled(STUDENT, DENSE, seed=1)
     with pytest.raises(TrainError, match="weights of its own"):
         teaching_of(student, student, TRAIN, Distill()).begin(student, 0)
+
+
+def test_handing_lessons_over_hides_no_teacher() -> None:
+    student = compiled(STUDENT, DENSE, seed=1)
+    speaker = LiveTeacher(student, Distill())
+    spread = Spread.of(student, speaker.ranks)
+    moved = MovedTeacher(speaker, spread, spread, speaker.ranks)
+    with pytest.raises(TrainError, match="weights of its own"):
+        teaching_of(student, moved, TRAIN, Distill()).begin(student, 0)
 
 
 def test_layers_are_told_without_weights() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from moec.ir.mesh import WORLD
 from moec.runtime.data import Batch
 from moec.runtime.distillation.lesson import Lesson, TopWords
+from moec.runtime.distillation.losses import Words
 from moec.runtime.distillation.spread import Box, Parcels, Spread
 from moec.runtime.distillation.teacher import LiveTeacher, Teacher
 from moec.runtime.ranks import Ranks, ranks_of
@@ -45,10 +46,15 @@ def as_read_by(teacher: LiveTeacher, student: Trainable) -> Teacher:
 class MovedTeacher:
     """A teacher whose lessons lie on ranks as `have` says, and are handed over to lie as `need` says."""
 
-    teacher: Teacher
+    teacher: LiveTeacher
     have: Spread
     need: Spread
     ranks: Ranks
+
+    @property
+    def program(self) -> Trainable:
+        """What is run: the teacher's."""
+        return self.teacher.program
 
     def identity(self) -> dict[str, Any]:
         """That of the teacher: where it runs makes no other one of it."""
@@ -70,7 +76,7 @@ def handed_over(lesson: Lesson, sequences: int, have: Spread, need: Spread, rank
     told, hidden = lesson.told, {layer: moved(states) for layer, states in lesson.hidden.items()}
     if isinstance(told, TopWords):
         return replace(lesson, told=TopWords(moved(told.words), moved(told.log_shares)), hidden=hidden)
-    width = told.shape[-1] if have.words is None else sum(have.words.blocks)
+    width = Words.of(told.shape[-1], have.words).number
     return replace(lesson, told=move(told, parcels(have, need, ranks.rank, sequences, width)), hidden=hidden)
 
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from moec.errors import TrainError
+from moec.ir.placement import Split
 from moec.runtime.distillation.lesson import Lesson, TopWords
 from moec.runtime.ops.registry import wide
+from moec.runtime.trainable import LocalTrainable
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,19 @@ class Words:
 
     number: int
     axis: str = ""
+
+    @classmethod
+    def of(cls, width: int, split: Split | None) -> Words:
+        """Those of logits `[…, width]` here, dealt out as `split` says; None: not dealt out."""
+        return cls(width) if split is None else cls(sum(split.blocks), split.axis)
+
+
+def words_of(program: object, logits: Tensor) -> Words:
+    """How the words of the logits `[…, V]` that `program.run` gives lie on its ranks.
+
+    `program`: a trainable one, which deals words out where it is one rank's part (a `LocalTrainable`).
+    """
+    return Words.of(logits.shape[-1], program.words if isinstance(program, LocalTrainable) else None)
 
 
 def kl_loss(logits_BSV: Tensor, lesson: Lesson, counted_BS: Tensor, count: Tensor, words: Words) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from moec.plan import Distill
 from moec.runtime.data import Batch
 from moec.runtime.distillation.identity import identity_of
 from moec.runtime.distillation.lesson import Lesson, TopWords
-from moec.runtime.distillation.top_words import top_words, words_of
+from moec.runtime.distillation.losses import words_of
+from moec.runtime.distillation.top_words import top_words
 from moec.runtime.ranks import Ranks, ranks_of
 from moec.runtime.rng import borrowed_rng
 from moec.runtime.trainable import LocalTrainable, Tappable, Trainable, in_mode
@@ -30,6 +31,16 @@ class Teacher(Protocol):
         """What it says of the batch of the whole job (two i64 `[B, S]`, on the CPU) whose first sample is
         number `position` of the run; the tokens of this rank's student, on its device. Every rank calls it.
         """
+        ...
+
+
+@runtime_checkable
+class ProgramTeacher(Protocol):
+    """What a `Teacher` has besides when a program is run here for what it says."""
+
+    @property
+    def program(self) -> Trainable:
+        """What is run: on several ranks, this one's."""
         ...
 
 

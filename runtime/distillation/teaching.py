@@ -12,7 +12,7 @@ from moec.plan import Distill, Train
 from moec.runtime.data import Batch
 from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.distillation.stages import Ending, Stages, require_evaluations
-from moec.runtime.distillation.teacher import LiveTeacher, Teacher
+from moec.runtime.distillation.teacher import ProgramTeacher, Teacher
 from moec.runtime.trainable import Trainable
 
 
@@ -67,9 +67,8 @@ class Teaching:
             return
         if self._teacher is None:
             self._teacher = self._opened()
-        speaker = getattr(self._teacher, "teacher", self._teacher)  # behind one that hands lessons over
-        if isinstance(speaker, LiveTeacher):
-            _require_apart(speaker.program, student)
+        if isinstance(self._teacher, ProgramTeacher):
+            _require_apart(self._teacher.program, student)
 
     def _opened(self) -> Teacher:
         if self._given is None:

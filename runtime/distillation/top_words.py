@@ -15,16 +15,9 @@ from moec.runtime.ops.groups import axis_size
 from moec.runtime.ops.logits import largest, log_sums, over_ranks, require_own_words, row_chunks, softened
 from moec.runtime.ops.registry import demand, wide
 from moec.runtime.ops.vocabulary import stretch
-from moec.runtime.trainable import LocalTrainable, Trainable
 
 _collectives = torch.ops._c10d_functional
 _NAME = "top_words"
-
-
-def words_of(program: Trainable, logits: Tensor) -> Words:
-    """How the words of the logits `[…, V]` that `program.run` gives lie on its ranks."""
-    split = program.words if isinstance(program, LocalTrainable) else None
-    return Words(logits.shape[-1]) if split is None else Words(sum(split.blocks), split.axis)
 
 
 @torch.no_grad()
