@@ -190,13 +190,15 @@ def _plan_text(program: Program) -> str | None:
 @overload
 def load_program(
     directory: str | Path, *, trust: bool = False, device: torch.device | str = "cpu"
-) -> Program: ...
+) -> Program:
+    """Without `kind`, as an `ir.Program`."""
 
 
 @overload
 def load_program(
     directory: str | Path, *, trust: bool = False, device: torch.device | str = "cpu", kind: type[P]
-) -> P: ...
+) -> P:
+    """With `kind`, as one of that class."""
 
 
 def load_program(

@@ -2,7 +2,8 @@
 
 Nothing here sorts, groups or batches, and nothing is shared with the operators it judges: the gate's
 formula, the capacity rule and the losses are written out again from their definitions. Differentiable
-throughout, and meant for float64.
+throughout, and meant for float64. Sources: DeepSpeed-MoE sections 3-4; GShard for the capacity rule; Switch
+Transformer for the balance term.
 
 Legend: T tokens, D model, E experts, K chosen.
 """
@@ -13,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from typing import Literal
 
 import torch
@@ -59,39 +61,32 @@ def moe_oracle(
 ) -> OracleAnswer:
     """Evaluate a mixture of experts the slow way.
 
-    `ffn`: the dense feed-forward, a module (called with `torch.func.functional_call`) or a function
-    (state, rows [1, D]) → [1, D]. `expert_states[e]`: expert e's parameters under the feed-forward's own
-    names. x [..., D]; `router` [E, D]; `bias` [E] takes part in choosing only. `capacity_factor` 0.0
-    keeps every row. `dense_state`: the feed-forward kept beside the experts, for residual `sum` (added)
-    and `learned`: there the two are weighed by softmax(mix_weight · x + mix_bias), experts first, `mix`
-    being (weight [2, D], bias [2]). `router_input`: what the router reads instead of x (x detached, say).
-    `choices` [T][K] and `kept` (token, choice): what training drew at random, instead of the best scores
-    and the first come. Sources: DeepSpeed-MoE sections 3-4; GShard for the capacity rule; Switch
-    Transformer for the balance term.
+    `ffn`: the dense feed-forward, a module (called with `torch.func.functional_call`) or a function (state,
+    rows [1, D]) → [1, D]. `expert_states[e]`: expert e's parameters under the feed-forward's own names. x
+    [..., D]; `router` [E, D]; `bias` [E] takes part in choosing only. `capacity_factor` 0.0 keeps every row.
+    `dense_state`: the feed-forward kept beside the experts, for residual `sum` (added) and `learned`: there
+    the two are weighed by softmax(mix_weight · x + mix_bias), experts first, `mix` being (weight [2, D], bias
+    [2]). `router_input`: what the router reads instead of x (x detached, say). `choices` [T][K] and `kept`
+    (token, choice): what training drew at random, instead of the best scores and the first come.
     """
     rows_TD = x.reshape(-1, x.shape[-1])
     read_TD = rows_TD if router_input is None else router_input.reshape(rows_TD.shape)
     scores_TE = torch.stack([router @ row for row in read_TD.to(router.dtype)])
-    if choices is None:
-        choices = [choose(scores, top_k, gate, bias) for scores in scores_TE]
+    choices = choices or [choose(scores, top_k, gate, bias) for scores in scores_TE]
     weights = [weigh(scores, chosen, gate) for scores, chosen in zip(scores_TE, choices, strict=True)]
     if kept is None:
         kept = keep_within_capacity(choices, len(expert_states), capacity_factor, min_capacity)
     out = []
     for token, row in enumerate(rows_TD):
-        y = torch.zeros_like(row)
-        for choice, expert in enumerate(choices[token]):
-            if (token, choice) in kept:
-                y = y + weights[token][choice].to(row.dtype) * _apply(ffn, expert_states[expert], row)
+        asked = [(choices[token][k], weights[token][k]) for k in range(top_k) if (token, k) in kept]
+        y = _weighed(ffn, expert_states, row, asked)
         out.append(_with_residual(y, row, ffn, residual, dense_state, mix))
-    slots = [(token, choice) for token in range(len(choices)) for choice in range(top_k)]
-    taken = [choices[token][choice] for token, choice in slots if (token, choice) in kept]
     return OracleAnswer(
         y=torch.stack(out).reshape(x.shape),
         weights=torch.stack(weights),
         experts=torch.tensor(choices),
-        counts=torch.tensor([taken.count(expert) for expert in range(len(expert_states))]),
-        dropped=tuple(slot for slot in slots if slot not in kept),
+        counts=torch.tensor([sum(choices[t][k] == e for t, k in kept) for e in range(len(expert_states))]),
+        dropped=tuple(slot for slot in product(range(len(choices)), range(top_k)) if slot not in kept),
         balance=balance_oracle(scores_TE, choices),
         z=z_oracle(scores_TE),
     )
@@ -175,6 +170,16 @@ def _apply(ffn: DenseFunction, state: State, row: Tensor) -> Tensor:
         else ffn(state, rows)
     )
     return out[0]
+
+
+def _weighed(
+    ffn: DenseFunction, states: Sequence[State], row: Tensor, asked: Sequence[tuple[int, Tensor]]
+) -> Tensor:
+    """The sum of what experts make of one token; `asked`: each that had room for it, and its weight."""
+    y = torch.zeros_like(row)
+    for expert, weight in asked:
+        y = y + weight.to(row.dtype) * _apply(ffn, states[expert], row)
+    return y
 
 
 def _with_residual(
