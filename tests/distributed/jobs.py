@@ -26,6 +26,9 @@ residual = "learned"
 [parallel]
 expert = 2
 timeout = {timeout}
+"""
+#: The end of every plan here: short runs, each step of which is recorded.
+TRAINING = """
 [compile]
 verify = "off"
 [train]
@@ -49,7 +52,7 @@ def environment(**more: object) -> dict[str, str]:
 def write_plan(folder: Path, *, steps: int = 60, timeout: float = 60, name: str = "plan.toml") -> Path:
     """The plan of two expert ranks."""
     path = folder / name
-    path.write_text(PLAN.format(steps=steps, timeout=timeout))
+    path.write_text((PLAN + TRAINING).format(steps=steps, timeout=timeout))
     return path
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import moec
-from tests.distributed.jobs import GPT, Job, curve, told, write_plan
+from tests.distributed.jobs import GPT, TRAINING, Job, curve, told, write_plan
 
 STUDENT = """
 [student]
@@ -23,21 +23,11 @@ temperature = 2.0
 stop = 0.5
 [parallel]
 {parallel}
-[compile]
-verify = "off"
-[train]
-steps = {steps}
-batch = 4
-sequence = 12
-eval_batches = 1
-save_every = 5
-log_every = 1
-eval_every = 0
 """
 
 
 def write_student(folder: Path, *, steps: int = 10, parallel: str = "tensor = 2") -> None:
-    (folder / "student.toml").write_text(STUDENT.format(steps=steps, parallel=parallel))
+    (folder / "student.toml").write_text((STUDENT + TRAINING).format(steps=steps, parallel=parallel))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import moec
-from tests.distributed.jobs import FAULTY, Job, curve, told
+from tests.distributed.jobs import FAULTY, TRAINING, Job, curve, told
 from tests.distributed.models import gpt
 
 TEACHER: dict[str, Any] = {
@@ -32,16 +32,6 @@ stop = 0.6
 [parallel]
 tensor = 2
 timeout = {timeout}
-[compile]
-verify = "off"
-[train]
-steps = 25
-batch = 4
-sequence = 12
-eval_batches = 1
-save_every = 5
-log_every = 1
-eval_every = 0
 """
 
 
@@ -60,7 +50,7 @@ def distilling(folder: Path, teacher: Path, *words: object, timeout: int = 60, *
     """The job in `folder`, with a copy of the teacher beside it when it begins."""
     if "--resume" not in words and not (folder / "teacher").exists():
         shutil.copytree(teacher, folder / "teacher")
-    (folder / "mos.toml").write_text(PLAN.format(timeout=timeout))
+    (folder / "mos.toml").write_text((PLAN + TRAINING).format(steps=25, timeout=timeout))
     return Job(folder, "--plan", "mos.toml", *words, model="teacher", command="distill", **how)
 
 
