@@ -19,7 +19,7 @@ from moec.ir.local import own_weights
 from moec.ir.mesh import DATA
 from moec.ir.placement import Layout, Placement, Split
 from moec.ir.retarget import on_device
-from moec.objective import IGNORED, at_least_float
+from moec.objective import at_least_float
 from moec.passes.arrange_ranks import ArrangeRanks
 from moec.passes.name_axes import NameAxes
 from moec.passes.pipeline import partitioned
@@ -29,6 +29,7 @@ from moec.passes.runner import Runner
 from moec.plan import Plan
 from moec.program import Program
 from moec.runtime.aligned_draws import align_draws
+from moec.runtime.data import IGNORED
 from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.distillation.losses import words_of
 from moec.runtime.trainable import LossTerms

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from moec import ir
 from moec.errors import DataError
+from moec.runtime.data import IGNORED
 from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.distillation.losses import hidden_loss, kl_loss, weighted, words_of
 from moec.runtime.trainable import LossTerms
-
-IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 
 
 class Objective(ir.Program):

@@ -28,6 +28,7 @@ from moec.runtime.split import Split, split_stream, window_starts
 from moec.runtime.vocabulary import Vocabulary, open_vocabulary
 
 Batch = tuple[Tensor, Tensor]
+IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 
 
 @dataclass(frozen=True)

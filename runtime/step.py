@@ -14,7 +14,7 @@ from moec.errors import TrainError
 from moec.plan import Train
 from moec.runtime.balance import nudge_biases
 from moec.runtime.batch_loss import BatchLoss, LossSum, compute_loss
-from moec.runtime.data import Batch
+from moec.runtime.data import IGNORED, Batch
 from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.holding import Holding
 from moec.runtime.optimizer import Optimizer
@@ -65,6 +65,7 @@ class OptimizerStep:
                 first += len(part[0])
         loss = total.mean(self.ranks)
         if not loss.is_finite:
+            require_targets(batch, parts)
             told = ", ".join(f"{name} {term}" for name, term in loss.terms.items() if name != "loss")
             found = f"{loss.loss} ({told})"
             raise TrainError("loss", found, "a finite number", "a lower lr, or a longer warmup")
@@ -91,3 +92,15 @@ class OptimizerStep:
         """Change the weights by the gradients, and the balancing biases by the load in `loss`."""
         self.optimizer.step(rate)
         nudge_biases(self.program.moe_biases(), loss.counts, self.program.moe_settings())
+
+
+def require_targets(batch: Batch, parts: int) -> None:
+    """Raise `TrainError` where nothing in one of the `parts` that `batch` is computed in is to be learned:
+    the mean over no positions is no number."""
+    for number, targets in enumerate(batch[1].chunk(parts), start=1):
+        if not (targets != IGNORED).any():
+            whole = parts == 1 or not (batch[1] != IGNORED).any()
+            where = "batch" if whole else f"batch, part {number} of {parts}"
+            found = f"no position that counts: every target is {IGNORED}"
+            nearest = "targets that are not all masked" if whole else "accumulate = 1"
+            raise TrainError(where, found, "one position at least that counts", nearest)

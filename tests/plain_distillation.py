@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 import moec
 from examples.gpt import GPT, GPTConfig
-from moec.objective import IGNORED
 from moec.plan import Distill
 from moec.program import Program
-from moec.runtime.data import Batch
+from moec.runtime.data import IGNORED, Batch
 
 VOCABULARY, WIDTH, EXPERTS, CHOSEN, BALANCE = 13, 12, 3, 2, 0.01
 DENSE: dict[str, Any] = {"compile": {"verify": "off"}}

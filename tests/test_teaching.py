@@ -14,11 +14,10 @@ from torch import Tensor
 import moec
 from examples.gpt import GPT, GPTConfig
 from moec.errors import DataError, MoecError, PlanError, TrainError
-from moec.objective import IGNORED
 from moec.plan import Distill, Train
 from moec.program import Program
 from moec.runtime.batch_loss import BatchLoss
-from moec.runtime.data import Batch
+from moec.runtime.data import IGNORED, Batch
 from moec.runtime.distillation.handover import MovedTeacher
 from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.distillation.spread import Spread

@@ -19,11 +19,10 @@ from moec import teaching
 from moec.api import place
 from moec.ir.mesh import Mesh
 from moec.local_program import LocalProgram
-from moec.objective import IGNORED
 from moec.plan import Distill, Parallel, Train
 from moec.program import Program
 from moec.runtime.batch_loss import BatchLoss
-from moec.runtime.data import Batch
+from moec.runtime.data import IGNORED, Batch
 from moec.runtime.distillation.teacher import Teacher
 from moec.runtime.simulated import run_ranks
 from moec.runtime.step import OptimizerStep

@@ -15,7 +15,7 @@ from rich.console import Console
 from moec.errors import ArtifactError, DataError, TrainError
 from moec.plan import LayerSettings, Plan, Train
 from moec.runtime.checkpoint import list_checkpoints, load_checkpoint
-from moec.runtime.data import TextData
+from moec.runtime.data import IGNORED, Batch, TextData
 from moec.runtime.records import read_records
 from moec.runtime.train import Trainer
 from moec.runtime.trainable import LossTerms
@@ -289,6 +289,31 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(
 def test_without_a_checkpoint_the_error_says_so(data: TextData, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no checkpoint was written yet"):
         trainer(Diverging(1), data, tmp_path / "run").run()
+
+
+@pytest.mark.parametrize(
+    ("first", "accumulate", "where"), [(0, 1, "batch"), (0, 2, "batch"), (4, 2, "batch, part 2 of 2")]
+)
+def test_a_batch_in_which_nothing_counts_is_told_as_that(
+    data: TextData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, accumulate: int, where: str
+) -> None:
+    """The mean over no positions is no number, and no lower lr makes it one."""
+    drawn = TextData.train_batch
+
+    def masked(self: TextData, seed: int, position: int, size: int) -> Batch:
+        tokens, targets = drawn(self, seed, position, size)
+        if position:
+            targets[first:] = IGNORED
+        return tokens, targets
+
+    monkeypatch.setattr(TextData, "train_batch", masked)
+    program = TinyProgram()
+    with pytest.raises(TrainError) as caught:
+        trainer(program, data, tmp_path / "run", batch=8, accumulate=accumulate).run()
+    assert caught.value.where == f"{where}, after 1 steps"
+    assert caught.value.found == "no position that counts: every target is -100"
+    assert "lr" not in str(caught.value)
+    assert all(bool(tensor.isfinite().all()) for tensor in program.state_dict().values())
 
 
 def test_weights_that_are_not_finite_are_never_saved(
