@@ -21,7 +21,9 @@ from moec.objective import Objective
 from moec.plan import LayerSettings, Plan
 
 if TYPE_CHECKING:
+    from moec.cost.cost import Cost
     from moec.decoder import Decoder
+    from moec.foresight import Phase
     from moec.local_program import LocalProgram
     from moec.runtime.generation.generate import Generation, Stream
     from moec.runtime.generation.prompts import PromptsLike
@@ -203,6 +205,16 @@ class Program(Objective):
 
         executed = self._fused[0] if self.backend == "fused" and self.executed else self
         return str(explain(executed, about))
+
+    def cost(self, phase: Phase = "training") -> Cost:
+        """What this program costs one rank, operator by operator, as expressions in batch, sequence and axes.
+
+        `phase`: a `training` step, a `forward` run, or one step of the `decode`r. Nothing runs; a placed
+        program is partitioned on `meta`. See `moec.cost.Cost`.
+        """
+        from moec.foresight import cost_of
+
+        return cost_of(self, phase)
 
     def save(self, directory: str | Path) -> Path:
         """Write text, manifest and weights; `moec.load` reads them. Atomic; nothing executable is pickled.

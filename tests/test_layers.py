@@ -15,7 +15,7 @@ BELOW = {
     "ir": {"errors"},
     "plan": {"errors", "ir"},
     "capture": LANGUAGE,
-    "cost": LANGUAGE,
+    "cost": LANGUAGE | {"runtime.ops"},
     "testing": LANGUAGE,
     "runtime.ops": {"errors"},
     "passes": LANGUAGE | {"runtime.ops"},
@@ -24,7 +24,7 @@ BELOW = {
 ROOF = {"view", "program", "api", "cli", "commands", "__main__", "__init__"}
 ROOF |= {"models", "pretrained", "explain", "bisect", "difference", "values", "reproduction", "local_program"}
 ROOF |= {"simulate", "simulation", "all_ranks", "decoder", "local_decoder", "students", "importance"}
-ROOF |= {"objective", "teaching"}
+ROOF |= {"objective", "teaching", "foresight"}
 
 
 def room_of(module: str) -> str:

@@ -1,1 +1,22 @@
-"""Cost: what a program spends, read off its graph as symbolic expressions."""
+"""Cost: what a program spends, read off its graph as expressions, and how long that takes on hardware."""
+
+from .cost import Cost
+from .hardware import Device, Hardware, Link
+from .operation import Operation, Sending
+from .predict import Prediction, predict
+from .read import read_operations
+from .symbols import meaning, symbol
+
+__all__ = [
+    "Cost",
+    "Device",
+    "Hardware",
+    "Link",
+    "Operation",
+    "Prediction",
+    "Sending",
+    "meaning",
+    "predict",
+    "read_operations",
+    "symbol",
+]

@@ -24,6 +24,7 @@ from torch import Tensor
 from moec.runtime.ops.buffers import GRADIENTS, ROWS
 from moec.runtime.ops.products import multiply
 from moec.runtime.ops.registry import LIBRARY, define, demand, differentiate
+from moec.runtime.ops.work import NOTHING, Call, Price, Product, Work, price
 
 
 def check_grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> None:
@@ -140,3 +141,24 @@ define("grouped_sum(Tensor rows, Tensor counts) -> Tensor", _grouped_sum, _fake_
 differentiate("grouped_linear", _setup, _backward)
 LIBRARY.impl("grouped_linear", _autocast("cpu"), "AutocastCPU")
 LIBRARY.impl("grouped_linear", _autocast("cuda"), "AutocastCUDA")
+
+
+def _price(call: Call) -> Price:
+    """Only experts that have rows are read and multiplied."""
+    experts, width, depth = call.shape("weight")
+    load = call.load("counts")
+    weights = load.touched * width * depth * call.itemsize("weight")
+    rows, out = load.rows * depth * call.itemsize("rows"), load.rows * width * call.itemsize("rows")
+    forward = Work((Product(load.rows, width, depth, load.touched),), rows + weights, out)
+    backward = NOTHING
+    if call.needs_grad("rows"):
+        backward += Work((Product(load.rows, depth, width, load.touched),), out + weights, rows)
+    if call.needs_grad("weight"):
+        written = experts * width * depth * call.itemsize("weight")
+        backward += Work((Product(width, depth, load.rows, load.touched, "k"),), out + rows, written)
+    if call.has("bias") and call.needs_grad("bias"):
+        backward += Work((), out, call.bytes("bias"))
+    return Price(forward, backward, shared=("rows",) if call.needs_grad("weight") else ())
+
+
+price("grouped_linear", _price)

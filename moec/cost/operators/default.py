@@ -1,0 +1,18 @@
+"""An operator without a formula of its own reads its operands and writes its results."""
+
+from __future__ import annotations
+
+from moec.runtime.ops.work import Price, Work
+
+from ..call import GraphCall
+
+
+def default_price(call: GraphCall) -> Price:
+    """Each operand is read once and each result written once; backward reads and writes as much again."""
+    read = sum(call.bytes(name) for name in call.operands)
+    forward = Work((), read, call.result_bytes())
+    wanted = [name for name in call.operands if call.needs_grad(name)]
+    if not wanted:
+        return Price(forward)
+    written = sum(call.bytes(name) for name in wanted)
+    return Price(forward, Work((), read + call.result_bytes(), written), shared=tuple(wanted))

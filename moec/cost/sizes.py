@@ -1,0 +1,86 @@
+"""The sizes of values as expressions: batch and sequence by letter, a rank's part by the axis it lies on.
+
+A graph of one rank says `[B, S, 24] · dim 2 over tensor`. Where the axis has 2 ranks that is `48/tensor`, so
+the cost of the same text on another number of ranks can be read off this one. A size that no mark explains is
+that of an operand with the same number, or a plain number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from moec.ir.inputs import factors, inputs_of
+from moec.ir.mesh import Mesh
+
+from .symbols import symbol
+from .value import Sizes, Value
+
+_MARK = re.compile(r"dim (\d+) over (\w+)")
+
+
+class SizeReader:
+    """Reads sizes off one root graph; `letters`: torch's symbols → ours, those of rows included."""
+
+    def __init__(self, root: fx.GraphModule, mesh: Mesh | None) -> None:
+        self.axes = {axis: count for axis, count in (mesh.axes() if mesh else {}).items() if count > 1}
+        self.letters: dict[Any, sympy.Expr] = {}
+        placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
+        for node, given in zip(placeholders, inputs_of(root.graph), strict=True):
+            for size, letter in zip(node.meta["val"].shape, given.sizes, strict=True):
+                if isinstance(letter, str) and isinstance(size, torch.SymInt):
+                    count, name = factors(letter)
+                    if count == 1:
+                        self.letters[size.node.expr] = symbol(name)
+
+    @property
+    def at(self) -> dict[sympy.Symbol, int]:
+        """The axes as they are in this graph."""
+        return {symbol(axis): count for axis, count in self.axes.items()}
+
+    def size(self, size: Any) -> sympy.Expr:
+        """A size of the graph, its symbols named."""
+        if isinstance(size, int):
+            return sympy.Integer(size)
+        return size.node.expr.xreplace(self.letters)
+
+    def unknown(self, size: Any) -> Any:
+        """The symbol of a size that depends on data and has no expression yet; else None."""
+        if isinstance(size, int):
+            return None
+        return next((s for s in size.node.expr.free_symbols if s not in self.letters), None)
+
+    def weight(self, shape: Sequence[int], splits: Mapping[int, str]) -> Sizes:
+        """The sizes of a weight whose dims `splits` are dealt out to axes."""
+        return tuple(self._split(sympy.Integer(size), splits.get(dim)) for dim, size in enumerate(shape))
+
+    def value(self, shape: Sequence[Any], mark: str, operands: Sequence[Value]) -> Sizes:
+        """The sizes of a value with the placement `mark`, computed from `operands`."""
+        splits = {int(dim): axis for dim, axis in _MARK.findall(mark)}
+        inherited = self._shared(operands)
+        made = []
+        for dim, size in enumerate(shape):
+            number = self.size(size)
+            if isinstance(size, int):
+                split = self._split(number, splits.get(dim))
+                number = split if split != number else inherited.get(size, number)
+            made.append(number)
+        return tuple(made)
+
+    def _split(self, size: sympy.Expr, axis: str | None) -> sympy.Expr:
+        ranks = self.axes.get(axis or "")
+        return size if ranks is None else size * ranks / symbol(str(axis))
+
+    def _shared(self, operands: Sequence[Value]) -> dict[int, sympy.Expr]:
+        """Number → the expression with axes that an operand has for it."""
+        found: dict[int, sympy.Expr] = {}
+        for operand in operands:
+            for size in operand.sizes or ():
+                if size.free_symbols and size.free_symbols <= self.at.keys():
+                    found[int(size.subs(self.at))] = size
+        return found
