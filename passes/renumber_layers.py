@@ -198,7 +198,8 @@ def _places(program: Program, numbering: Numbering) -> dict[str, int]:
     calls: dict[str, int] = {}
     for number, node in enumerate(program.graph.graph.nodes):
         read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-        for target in [*read, str(node.target)]:
+        called = [str(node.target)] if node.op == "call_module" else []
+        for target in [*read, *called]:
             calls.setdefault(target, number)
     found: dict[str, int] = {}
     for old, new in numbering.structural.items():

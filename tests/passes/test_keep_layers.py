@@ -96,6 +96,11 @@ def test_a_cut_is_the_model_built_shallow_many_times(case: tuple[DecoderRecipe, 
     _is_the_shallow_model(*case)
 
 
+def test_rows_of_shared_weights_stand_where_they_are_first_read() -> None:
+    """The head is read last, wherever the graph fetches it; the rows of the first layer come before it."""
+    _is_the_shallow_model(replace(TINY, num_layers=2, share="ffn"), (1,))
+
+
 @pytest.mark.parametrize("residual", ["", "none", "sum", "learned"])
 def test_a_student_reads_as_the_shallow_model(residual: str) -> None:
     """Letter by letter, comments and all, dense and with experts."""
