@@ -13,6 +13,8 @@ from moec.errors import PlanError
 from moec.plan.section import Section, Source, plan_error
 from moec.plan.source import locate, parse, read
 
+from .measured import Measured
+
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -24,6 +26,7 @@ class Device(Section):
     bandwidth: float = Field(gt=0, description="Bytes a second between the chip and its memory.")
     launch: float = Field(ge=0, description="Seconds that it takes to start one kernel.")
     peak: dict[str, float] = Field(description="Dtype → floating point operations a second.")
+    measured: Measured | None = Field(default=None, description="Times of operators, of `moec calibrate`.")
 
 
 class Link(Section):
