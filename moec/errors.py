@@ -75,6 +75,10 @@ class OperatorError(MoecError):
     …)."""
 
 
+class CostError(MoecError):
+    """What was asked about the cost of a program cannot be told, or a letter has no number."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The valid name that looks most like `name`, quoted, or '' when nothing does."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)

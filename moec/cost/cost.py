@@ -3,22 +3,30 @@
 cost = program.cost()                     # a training step; phase="forward", "decode"
 print(cost)                               # a table by kind of work
 cost.flops                                # an expression in B and S
-cost.at(B=8, S=1024).flops                # numbers
+cost.number(cost.flops, B=8, S=1024)      # a number
+cost.table("layer", B=8, S=1024)          # numbers, by layer
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import sympy
 
+from moec.errors import CostError, nearest
 from moec.ir.mesh import Mesh
 
+from . import summary
+from .lambdified import Numbers, lambdified
 from .operation import Operation
+from .spelling import latex
 from .symbols import symbol
+from .table import Table
+
+AMOUNTS = ("flops", "forward_flops", "backward_flops", "bytes", "calls", "sent", "messages", "intensity")
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,76 @@ class Cost:
         """Forward and backward."""
         return self.forward_flops + self.backward_flops
 
+    @cached_property
+    def bytes(self) -> sympy.Expr:
+        """Read and written in the memory of this rank, forward and backward."""
+        return self._sum(lambda one: one.forward.bytes + one.backward.bytes)
+
+    @cached_property
+    def calls(self) -> sympy.Expr:
+        """Kernels that are started, forward and backward."""
+        return self._sum(lambda one: one.forward.calls + one.backward.calls)
+
+    @cached_property
+    def sent(self) -> sympy.Expr:
+        """Bytes that this rank sends to others, forward and backward."""
+        return self._sum(lambda one: sum(each.bytes for each in (*one.sends, *one.sends_back)))
+
+    @cached_property
+    def messages(self) -> sympy.Expr:
+        """Messages that this rank sends to others, forward and backward."""
+        return self._sum(lambda one: sum(each.messages for each in (*one.sends, *one.sends_back)))
+
+    @property
+    def intensity(self) -> sympy.Expr:
+        """FLOPs for every byte of memory that is moved: what decides which of the two takes the time."""
+        return self.flops / self.bytes
+
     def _sum(self, amount: Callable[[Operation], Any]) -> sympy.Expr:
-        return sympy.Add(*map(amount, self.operations))
+        return summary.total(map(amount, self.operations))
+
+    def amount(self, name: Any) -> sympy.Expr:
+        """The amount of this name, one of `AMOUNTS`; an expression is itself.
+
+        Raises `CostError` for others.
+        """
+        if not isinstance(name, str):
+            return sympy.sympify(name)
+        if name not in AMOUNTS:
+            raise CostError(
+                "Cost", f"amount {name!r}", f"one of {', '.join(AMOUNTS)}", nearest(name, AMOUNTS)
+            )
+        return sympy.sympify(getattr(self, name))
+
+    def table(self, by: str = "kind", **letters: int) -> Table:
+        """The operations added up by `kind`, `layer`, `region`, `operator`, or what is sent by `axis`.
+
+        Without letters the cells are expressions; with some, those and the axes as they are here become
+        numbers. Raises `CostError` for another `by`.
+        """
+        return summary.table_of(self, by, letters)
+
+    def __str__(self) -> str:
+        return f"{self.about}\n\n{self.table()}"
+
+    @property
+    def about(self) -> str:
+        """`training, one of 4 ranks: data 2 × tensor 2`."""
+        what = {"training": "a training step", "forward": "a forward run", "decode": "one step of decoding"}
+        return f"{what[self.phase]}, on one of {self.mesh}" if self.mesh.world > 1 else what[self.phase]
+
+    def lambdify(self, amount: Any, letters: Sequence[str]) -> Callable[..., Numbers]:
+        """An amount (a name of `AMOUNTS`, or an expression) as a function of numpy arrays, for sweeps.
+
+        `letters`: its arguments, in order; axes that are not among them are as they are here. Raises
+        `CostError` where another letter of the amount is left.
+        """
+        fixed = {letter: count for letter, count in self.axes.items() if str(letter) not in letters}
+        return lambdified(self.amount(amount).xreplace(fixed), letters)
+
+    def latex(self, amount: Any) -> str:
+        """An amount (a name of `AMOUNTS`, or an expression) as LaTeX, coefficients in full."""
+        return latex(self.amount(amount))
 
     def number(self, amount: Any, **letters: int) -> float:
         """An amount with numbers for its letters; axes that are not given are as they are here.
