@@ -1,7 +1,9 @@
 """Cost: what a program spends, read off its graph as expressions, and how long that takes on hardware."""
 
 from .cost import Cost
-from .hardware import Device, Hardware, Link
+from .device import Device
+from .hardware import Hardware
+from .link import Link, Way
 from .operation import Operation, Sending
 from .predict import Prediction, predict
 from .read import read_operations
@@ -15,6 +17,7 @@ __all__ = [
     "Operation",
     "Prediction",
     "Sending",
+    "Way",
     "meaning",
     "predict",
     "read_operations",
