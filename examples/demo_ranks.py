@@ -21,13 +21,13 @@ import moec
 from examples import demo_ranks_screen as screen
 from examples import gpt
 from examples.demo import PLAN, new_folder
+from moec.cost.counted_traffic import predict_traffic
 from moec.local_program import LocalProgram
 from moec.plan import Plan
 from moec.runtime.data import TextData, load_text
 from moec.runtime.evaluate import evaluate
 from moec.runtime.launch import launch, place_of
 from moec.runtime.mesh import connected
-from moec.runtime.predicted_traffic import predict_traffic
 from moec.runtime.ranks import ranks_of
 from moec.runtime.records import read_records
 from moec.runtime.traffic import count_traffic

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from examples.demo_screen import code, open_console, title
 from moec.ir.mesh import Mesh
-from moec.runtime.traffic import Traffic, summed
+from moec.runtime.ops.sent import Traffic, summed
 
 __all__ = ["code", "layer", "load", "losses", "mesh", "open_console", "title", "traffic"]
 

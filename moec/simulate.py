@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moec.all_ranks import Gradients, all_parts, joined_gradients
+from moec.cost.counted_traffic import predict_traffic
 from moec.errors import DataError, PassError
 from moec.ir.graphs import output
 from moec.ir.mesh import DATA, TENSOR, Mesh
@@ -25,9 +26,9 @@ from moec.local_program import LocalProgram
 from moec.objective import at_least_float
 from moec.passes.place_dense import logits_split
 from moec.program import Program
-from moec.runtime.predicted_traffic import predict_traffic
+from moec.runtime.ops.sent import BACKWARD, FORWARD, Kind, Traffic, all_reduce_cost
 from moec.runtime.simulated import run_ranks
-from moec.runtime.traffic import BACKWARD, FORWARD, Kind, Traffic, all_reduce_cost, count_traffic
+from moec.runtime.traffic import count_traffic
 from moec.runtime.trainable import in_mode
 from moec.simulation import Simulation
 from moec.testing.tolerances import error_of

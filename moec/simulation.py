@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moec.cost.counted_traffic import compared
 from moec.ir.mesh import Mesh
-from moec.runtime.predicted_traffic import compared
-from moec.runtime.traffic import Traffic, summed
+from moec.runtime.ops.sent import Traffic, summed
 from moec.runtime.traffic_report import traffic_table
 from moec.testing.tolerances import tolerance_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from moec.runtime.traffic import Kind, Sent, Traffic
+from moec.runtime.ops.sent import Kind, Sent, Traffic
 
 
 def traffic_table(counted: Traffic, predicted: Traffic | None = None, title: str = "") -> Table:

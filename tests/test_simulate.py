@@ -17,7 +17,7 @@ from moec.errors import DataError, MeshError, PassError
 from moec.local_program import LocalProgram
 from moec.plan import Plan
 from moec.program import Program
-from moec.runtime.traffic import Traffic
+from moec.runtime.ops.sent import Traffic
 from moec.runtime.traffic_report import traffic_table
 from moec.testing import decoders_and_plans
 from moec.testing.recipe import DecoderRecipe

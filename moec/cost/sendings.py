@@ -1,4 +1,4 @@
-"""What collectives send, as expressions: the symbolic twin of `moec.runtime.predicted_traffic`.
+"""What collectives send, as expressions: the symbolic twin of `moec.cost.counted_traffic`.
 
 Rows are those that a router that favours nobody sends: the same number to every rank of the axis.
 """

@@ -22,8 +22,8 @@ from moec.runtime.distillation.lesson import Lesson, TopWords
 from moec.runtime.distillation.losses import Words
 from moec.runtime.distillation.spread import Box, Parcels, Spread
 from moec.runtime.distillation.teacher import LiveTeacher, Teacher
+from moec.runtime.ops.sent import Sent, all_to_all_cost
 from moec.runtime.ranks import Ranks, ranks_of
-from moec.runtime.traffic import Sent, all_to_all_cost
 from moec.runtime.trainable import Trainable
 
 _collectives = torch.ops._c10d_functional

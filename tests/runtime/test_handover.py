@@ -14,9 +14,10 @@ from moec.plan import Distill
 from moec.runtime.distillation.handover import handed_over, move, traffic_of_move
 from moec.runtime.distillation.lesson import Lesson, TopWords
 from moec.runtime.distillation.spread import Box, Parcels, Spread
+from moec.runtime.ops.sent import Kind, Sent
 from moec.runtime.ranks import Ranks
 from moec.runtime.simulated import run_ranks
-from moec.runtime.traffic import Kind, Sent, count_traffic
+from moec.runtime.traffic import count_traffic
 
 LENGTH = 3
 

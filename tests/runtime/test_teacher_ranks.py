@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec import teaching
+from moec.cost.counted_traffic import compared, predict_traffic
 from moec.errors import PassError
 from moec.ir.mesh import WORLD
 from moec.local_program import LocalProgram
@@ -16,9 +17,9 @@ from moec.plan import Distill, Train
 from moec.runtime.distillation.handover import MovedTeacher, traffic_of_move
 from moec.runtime.distillation.spread import Parcels
 from moec.runtime.distillation.teacher import LiveTeacher
-from moec.runtime.predicted_traffic import compared, predict_traffic
+from moec.runtime.ops.sent import Kind, Traffic
 from moec.runtime.simulated import run_ranks
-from moec.runtime.traffic import Kind, Traffic, count_traffic
+from moec.runtime.traffic import count_traffic
 from tests.runtime.taught_runs import (
     VOCABULARY,
     Taught,

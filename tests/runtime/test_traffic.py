@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import moec
 from examples.gpt import GPT, GPTConfig
+from moec.cost.counted_traffic import compared, predict_traffic
 from moec.ir.mesh import Mesh
-from moec.runtime.predicted_traffic import compared, predict_traffic
+from moec.runtime.ops.sent import Kind, Sent, Traffic, summed
 from moec.runtime.simulated import run_ranks
-from moec.runtime.traffic import Kind, Sent, Traffic, count_traffic, summed
+from moec.runtime.traffic import count_traffic
 from tests.runtime.collectives import C10D, every_collective, wait
 from tests.runtime.ranks import run_processes
 

@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from moec.errors import OperatorError
 from moec.ir.graphs import attribute
 from moec.ir.mesh import Mesh
-from moec.runtime.traffic import (
+from moec.runtime.ops.sent import (
     BACKWARD,
     FORWARD,
     Kind,
