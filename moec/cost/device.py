@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .operation import Operation
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+MEASURED_DTYPES = ("float32", "int64", "bool")
+"""What `moec calibrate` measures; others go by the roofline."""
 
 
 class Device(Section):
@@ -79,7 +81,9 @@ class Device(Section):
 
     def knows(self, operation: Operation, direction: Direction) -> bool:
         """Whether times of this operation were measured here."""
-        return self.measured is not None and self.measured.knows(operation.operator, direction)
+        if self.measured is None or operation.dtype not in MEASURED_DTYPES:
+            return False
+        return self.measured.knows(operation.operator, direction)
 
     def seconds(
         self, work: Work, operation: Operation, direction: Direction, working: float = float("inf")
@@ -87,11 +91,12 @@ class Device(Section):
         """Seconds on the device of one run of `operation`, whose amounts in `work` are numbers.
 
         Measured ones where they are known, else the roofline. `working`: bytes that the program touches in
-        turn, which says how much of its operands the caches still hold. A view has no calls and takes none.
+        turn, which says how much of its operands the caches still hold. A view has no calls, and takes what
+        was measured of it or nothing.
         """
-        if not work.calls:
-            return 0.0
-        if self.measured is not None and self.measured.knows(operation.operator, direction):
+        if self.measured is not None and self.knows(operation, direction):
             far = self.measured.far_share(working)
             return self.measured.seconds(work, operation.operator, direction, far)
+        if not work.calls:
+            return 0.0
         return roofline_seconds(self, work, operation, direction)

@@ -1,12 +1,13 @@
 """Measured times: what `moec calibrate` found out about the operators of one device.
 
 A product of matrices is looked up by its shape in a `Grid`, any other operator by the bytes it moves on a
-`Line`. Between what was measured, times are linear in every size, which is what a start plus so many
+`Line`; so is what an operator does beside its products. Between what was measured, times are linear in every size, which is what a start plus so many
 operations and bytes is; beyond it they grow as fast as the sizes. So nothing is negative, and no more work
 takes less time.
 
-Each time was measured twice: *near*, on operands that the caches still hold, and *far*, on ones that come
+Products were measured twice: *near*, on operands that the caches still hold, and *far*, on ones that come
 from memory. How much of a program comes from memory follows from the bytes of all that one run of it touches.
+Lines were measured in programs, where operands are as near as they are.
 """
 
 from __future__ import annotations
@@ -47,24 +48,21 @@ class Line(Section):
     """Seconds of one operator in one direction, by bytes read and written."""
 
     bytes: Positive = Field(min_length=1, description="Sizes that were measured, ascending.")
-    near: Positive = Field(description="Seconds of each, operands in the cache.")
-    far: Positive = Field(description="Seconds of each, operands in memory.")
+    seconds: Positive = Field(description="How long each took.")
 
     @model_validator(mode="after")
     def _fits(self) -> Line:
         _require_ascending("bytes", self.bytes)
-        for name in ("near", "far"):
-            _require_times(name, getattr(self, name), len(self.bytes))
+        _require_times("seconds", self.seconds, len(self.bytes))
         return self
 
-    def seconds(self, amount: float, far: float) -> float:
-        """Of `amount` bytes, the share `far` of them from memory."""
-        return _mixed(lambda times: interpolate([self.bytes], times, [amount]), self._times, far)
+    def at(self, amount: float) -> float:
+        """Seconds of `amount` bytes."""
+        return interpolate([self.bytes], self._times, [amount])
 
     @cached_property
-    def _times(self) -> tuple[Sequence[float], Sequence[float]]:
-        shape = [len(self.bytes)]
-        return monotone(shape, self.near), monotone(shape, self.far)
+    def _times(self) -> list[float]:
+        return monotone([len(self.bytes)], self.seconds)
 
 
 class Grid(Section):
@@ -137,10 +135,10 @@ class Measured(Section):
 
     def far_share(self, working: float) -> float:
         """The share of operands that come from memory where a run touches `working` bytes in turn."""
-        near, most = self.caches.near[0], max(self.caches.near)
+        near, most = min(self.caches.seconds), max(self.caches.seconds)
         if most <= near:
             return 0.0
-        return min(1.0, (self.caches.seconds(working, 0.0) - near) / (most - near))
+        return min(1.0, (self.caches.at(min(working, self.caches.bytes[-1])) - near) / (most - near))
 
     def seconds(self, work: Work, operator: str, direction: Direction, far: float = 0.0) -> float:
         """Of one call, the share `far` of its operands from memory; amounts are numbers.
@@ -149,9 +147,9 @@ class Measured(Section):
         """
         line = self.operators[operator][direction]
         if operator == ATTENTION:
-            return self._attention(work, direction, far) + line.seconds(0.0, far)
+            return self._attention(work, direction, far) + line.at(0.0)
         products = self.products_seconds(work, operator, direction, far)
-        return products + line.seconds(beside_products(work, operator, direction), far)
+        return products + line.at(beside_products(work, operator, direction))
 
     def products_seconds(self, work: Work, operator: str, direction: Direction, far: float) -> float:
         """Of the products of one call alone."""

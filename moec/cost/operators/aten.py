@@ -68,13 +68,18 @@ def view(call: Call) -> Price:
     return Price(NOTHING)
 
 
-_VIEWS = (
-    "flatten unflatten transpose chunk split split_with_sizes slice select unsqueeze squeeze expand view "
-    "view_as permute t detach reshape sym_size"
-)
+def pieces(call: Call) -> Price:
+    """Views of one value; backward puts their gradients together again."""
+    wanted = call.needs_grad("self")
+    return Price(NOTHING, Work((), call.result_bytes(), call.bytes("self")) if wanted else NOTHING)
+
+
+_VIEWS = "flatten unflatten transpose unsqueeze squeeze view view_as permute t detach reshape sym_size"
+_PIECES = "chunk split split_with_sizes slice select expand"
 
 ATEN: dict[str, Formula] = {
     "aten::linear": linear,
     "aten::scaled_dot_product_attention": attention,
     **{f"aten::{name}": view for name in _VIEWS.split()},
+    **{f"aten::{name}": pieces for name in _PIECES.split()},
 }

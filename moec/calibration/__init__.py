@@ -1,0 +1,1 @@
+"""Calibration: what the operators of programs take on this machine, measured; `moec calibrate`."""
