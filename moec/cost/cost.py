@@ -20,11 +20,14 @@ from moec.errors import CostError, nearest
 from moec.ir.mesh import Mesh
 
 from . import summary
+from .crossover import Crossover, crossover
+from .hardware import Hardware
 from .lambdified import Numbers, lambdified
 from .operation import Operation
 from .spelling import latex
 from .symbols import symbol
 from .table import Table
+from .time_expression import seconds_expression
 
 AMOUNTS = ("flops", "forward_flops", "backward_flops", "bytes", "calls", "sent", "messages", "intensity")
 
@@ -128,6 +131,42 @@ class Cost:
         """
         fixed = {letter: count for letter, count in self.axes.items() if str(letter) not in letters}
         return lambdified(self.amount(amount).xreplace(fixed), letters)
+
+    def seconds_expression(self, hardware: Hardware | None = None) -> sympy.Expr:
+        """Seconds of one run by the roofline, operator by operator, nothing overlapping: one expression.
+
+        Without hardware in the letters of `RATES` too. Coarser than `predict`, and there to be solved; see
+        `moec.cost.time_expression`.
+        """
+        return seconds_expression(self, hardware)
+
+    def crossover(
+        self,
+        other: Any,
+        letter: str,
+        amount: Any = "flops",
+        *,
+        hardware: Hardware | None = None,
+        names: tuple[str, str] = ("this", "the other"),
+        over: tuple[float, float] = (1, 4096),
+        **letters: float,
+    ) -> Crossover:
+        """Where this costs less than `other` (a cost, an expression or a number), as `letter` grows.
+
+        `amount`: a name of `AMOUNTS`, an expression, or `"seconds"` with `hardware`. Axes that are neither
+        `letter` nor among `letters` are as they are here, on either side. See `moec.cost.crossover`.
+        """
+        sides = []
+        for side in (self, other):
+            found = side._solvable(amount, hardware, {letter, *letters}) if isinstance(side, Cost) else side
+            sides.append(found)
+        standing = {str(one) for side in sides for one in sympy.sympify(side).free_symbols}
+        given = {name: number for name, number in letters.items() if name in standing}
+        return crossover(*sides, letter, names=names, over=over, **given)
+
+    def _solvable(self, amount: Any, hardware: Hardware | None, free: set[str]) -> sympy.Expr:
+        found = self.seconds_expression(hardware) if amount == "seconds" else self.amount(amount)
+        return found.xreplace({letter: n for letter, n in self.axes.items() if str(letter) not in free})
 
     def latex(self, amount: Any) -> str:
         """An amount (a name of `AMOUNTS`, or an expression) as LaTeX, coefficients in full."""

@@ -23,8 +23,10 @@ def lambdified(amount: Any, letters: Sequence[str]) -> Callable[..., Numbers]:
     Computed in float64: whole numbers are exact up to 2^53. Raises `CostError` where a letter of the amount
     is not among `letters`.
     """
-    expr, given = sympy.sympify(amount), [symbol(name) for name in letters]
-    missing = sorted(str(letter) for letter in expr.free_symbols - set(given))
+    expr = sympy.sympify(amount)
+    standing = {str(letter): letter for letter in expr.free_symbols}
+    given = [standing.get(name, symbol(name)) for name in letters]
+    missing = sorted(standing.keys() - set(letters))
     if missing:
         needed = f"a number, or a place among the letters, for {', '.join(missing)}"
         raise CostError("lambdify", f"letters {', '.join(letters) or 'none'}", needed)

@@ -42,14 +42,20 @@ def spelled(amount: Any, unit: str = "") -> str:
     return short(float(found), unit) if found.is_number else _Readable().doprint(expanded(found))
 
 
+def formula(amount: Any) -> str:
+    """An expression on one line, as it is factored."""
+    return str(_Readable().doprint(sympy.sympify(amount)))
+
+
 def in_full(amount: Any) -> str:
     """An amount as Python writes it: nothing is rounded, and `sympy.sympify` reads it back."""
     return str(sympy.sympify(amount))
 
 
-def latex(amount: Any) -> str:
-    """An amount as LaTeX: names of axes upright, exact coefficients."""
-    return str(_Latex({"mul_symbol": r"\,"}).doprint(expanded(sympy.sympify(amount))))
+def latex(amount: Any, *, expand: bool = True) -> str:
+    """An amount as LaTeX: names of axes upright, exact coefficients; without `expand`, factored as it is."""
+    found = sympy.sympify(amount)
+    return str(_Latex({"mul_symbol": r"\,"}).doprint(expanded(found) if expand else found))
 
 
 def expanded(amount: Any) -> sympy.Expr:

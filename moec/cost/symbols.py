@@ -19,6 +19,13 @@ MEANINGS = {
     "tensor": "ranks that share one dense layer",
     "world": "ranks",
 }
+RATES = {
+    "peak": "floating point operations a second of one device",
+    "bandwidth": "bytes a second between a device and its memory",
+    "launch": "seconds to start one kernel",
+    "latency": "seconds until the first byte of a message arrives",
+    "link": "bytes a second that one device sends",
+}
 _AXES = {
     "expert_alike": "ranks with the same place on the expert axis, whatever their slice",
     "expert_data": "ranks that hold the same experts",
@@ -33,10 +40,17 @@ def symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, positive=True, integer=True)
 
 
+@functools.cache
+def rate(name: str) -> sympy.Symbol:
+    """The letter of what hardware does, one of `RATES`: a positive number; raises `KeyError` for others."""
+    assert RATES[name]
+    return sympy.Symbol(name, positive=True)
+
+
 def meaning(name: str) -> str:
     """What a letter stands for, with its unit; raises `KeyError` for one that costs do not use."""
-    if name in MEANINGS:
-        return MEANINGS[name]
+    if name in MEANINGS or name in RATES:
+        return MEANINGS.get(name) or RATES[name]
     kind = next((kind for kind in _AXES if name.startswith(f"{kind}_")), None)
     if kind is None:
         raise KeyError(name)
