@@ -11,13 +11,15 @@ from moec.runtime.ops.work import NOTHING, Amount, Work
 class Sending:
     """What an operator sends along `axis`, named as `moec.runtime.traffic` names it.
 
-    `bytes`: what this rank sends to others (its own part is not counted); `messages` likewise.
+    `bytes`: what this rank sends to others (its own part is not counted); `messages` likewise; in so many
+    `calls`.
     """
 
     axis: str
     operator: str
     messages: Amount
     bytes: Amount
+    calls: Amount = 1
 
 
 @dataclass(frozen=True)
