@@ -50,7 +50,7 @@ def compile(
     """
     chosen = Plan.resolve(plan)
     program = capture(model, example_inputs=example_inputs, dtype=DTYPES[chosen.compile.dtype])
-    program.plan = chosen
+    program.plan = chosen = chosen.fitted(program.source.max_positions)
     runner = Runner(verify=_verify(verify, chosen), disable=disable)
     done = runner.run(program, pipeline(chosen, world_of(chosen, world)))
     made = Program.of(done, backend=backend or chosen.compile.backend)

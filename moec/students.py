@@ -57,6 +57,7 @@ def student_of(
 def _asked(teacher: Program, plan: Any, depth: int | None, keep: Any) -> Plan:
     """The plan, with its `[student]` as the arguments say."""
     found = (teacher.plan or Plan()) if plan is None else Plan.resolve(plan)
+    found = found.fitted(teacher.source.max_positions)
     if depth is not None or keep is not None:
         given: dict[str, Any] = {"depth": depth} if keep is None else {"keep": tuple(keep)}
         if depth is not None and keep is not None:

@@ -58,6 +58,8 @@ def course_of(run: Distillation) -> Course:
         _require_same_teacher(run, identity)
     student = _student(run, plan, teacher)
     words = _words(run, teacher, student)
+    plan = _fitted(run, plan, student, teacher)
+    settings = training_settings(plan.train, run.changed)
     require_room(student, settings)
     if teacher is not None:
         require_room(teacher.program, settings)
@@ -184,6 +186,16 @@ def _student(run: Distillation, plan: Plan, teacher: Outline | None) -> Program:
     # Which layers are kept and what they hold at first takes weights; how many there are does not.
     plain = plan.student.model_copy(update={"by": "even", "init": "teacher"})
     return teacher.program.student(plan.model_copy(update={"student": plain}), verify="off")
+
+
+def _fitted(run: Distillation, plan: Plan, student: Program, teacher: Outline | None) -> Plan:
+    """The plan, with sequences that both have positions for where it does not say how long they are; it is
+    that of a student that was compiled for this, too."""
+    programs = [student] if teacher is None else [student, teacher.program]
+    plan = plan.fitted(*(program.source.max_positions for program in programs))
+    if run.student is not None and not run.resume and not _is_saved(run):
+        student.plan = plan
+    return plan
 
 
 def _words(run: Distillation, teacher: Outline | None, student: Program) -> Vocabulary:

@@ -23,10 +23,10 @@ from moec.runtime.train import Trainer, TrainResult
 def train(run: Run) -> int:
     """Train in this process, save the trained program in `out/program`; gives the exit status."""
     require_right_folder(run)
-    settings = training_settings(Plan.resolve(run.plan).train, run.changed)  # mistakes here need no capture
+    training_settings(Plan.resolve(run.plan).train, run.changed)  # mistakes here need no capture
     program = program_of(run.model, run.plan, trust=run.trust)
-    if is_saved_program(run.model) and program.plan is not None:
-        settings = training_settings(program.plan.train, run.changed)
+    plan = (program.plan or Plan()).fitted(program.source.max_positions)
+    settings = training_settings(plan.train, run.changed)
     require_room(program, settings)
     words = open_tokenizer(run.tokenizer, program.source.tokenizer)
     data = load_text(*run.data, sequence=settings.sequence, vocabulary=words)

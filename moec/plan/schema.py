@@ -76,6 +76,17 @@ class Plan(Section):
         except ValidationError as error:
             raise plan_error(error, cls, source) from None
 
+    def fitted(self, *max_positions: int | None) -> Plan:
+        """The plan for models that have so many positions each (None: any number).
+
+        `train.sequence`, where it was left out, is no more than all have; what was given stays as it is.
+        """
+        sequence = min([self.train.sequence, *(most for most in max_positions if most is not None)])
+        if "sequence" in self.train.model_fields_set or sequence == self.train.sequence:
+            return self
+        train = self.train.model_copy(update={"sequence": sequence})
+        return self.model_copy(update={"train": train})
+
     def to_toml(self) -> str:
         """The plan as TOML text, every value spelled out; `Plan.from_text` reads it back as an equal plan."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))

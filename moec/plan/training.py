@@ -108,7 +108,11 @@ class Train(Section):
 
     steps: Count = Field(default=1000, description="Optimizer steps.")
     batch: Count = Field(default=16, description="Sequences in one optimizer step.")
-    sequence: Count = Field(default=256, description="Tokens in one sequence.")
+    sequence: Count = Field(
+        default=256,
+        description="Tokens in one sequence; left out: 256, or as many as the model has positions for, if "
+        "fewer.",
+    )
     accumulate: Count = Field(
         default=1, description="Equal parts that a batch is computed in; divides batch."
     )

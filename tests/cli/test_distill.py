@@ -173,6 +173,22 @@ def test_what_is_typed_comes_before_the_plan(
     assert (first["alpha"], first["temperature"], first["stage"]) == (0.5, 3.0, "distill")
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["cut", "own"])
+def test_sequences_fit_both_where_nobody_says_how_long(
+    own: bool, teacher: Path, text: Path, tmp_path: Path, moec_: Moec
+) -> None:
+    """Of 16 positions, not the 256 that are the default; run and student say so, and it goes on."""
+    run, plan = tmp_path / "run", tmp_path / "plan.toml"
+    plan.write_text(f'{"" if own else STUDENT}[compile]\nverify = "off"\n')
+    student = ("--student", f"{GPT}?layers=1") if own else ()
+    words = ("--data", text, "--steps", 2, "--batch", 2, "--out", run)
+    moec_("distill", teacher, "--plan", plan, *student, *words)
+    (record,) = run.glob("step-*/*.json")
+    assert json.loads(record.read_text())["record"]["settings"]["sequence"] == 16
+    assert moec.load(run / "program").plan.train.sequence == 16
+    moec_("distill", teacher, *student, *words, "--resume")
+
+
 def test_without_a_distill_table_its_defaults_are_said(
     teacher: Path, text: Path, tmp_path: Path, moec_: Moec
 ) -> None:

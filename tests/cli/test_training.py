@@ -84,6 +84,17 @@ def test_settings_given_here_come_before_the_plan(
     assert {key: settings[key] for key in given} == given
 
 
+def test_sequences_fit_the_model_where_nobody_says_how_long(moec_: Moec, text: Path, tmp_path: Path) -> None:
+    """Of 16 positions, and not the 256 that are the default; the run and its program say so."""
+    run = tmp_path / "run"
+    common = ("--data", text, "--steps", 1, "--batch", 2, "--out")
+    moec_("train", GPT, *common, run)
+    (record,) = run.glob("step-*/*.json")
+    assert json.loads(record.read_text())["record"]["settings"]["sequence"] == 16
+    assert moec.load(run / "program").plan.train.sequence == 16
+    moec_("train", run / "program", *common, tmp_path / "further")
+
+
 def test_defaults_follow_what_they_are_computed_from() -> None:
     planned = Train(steps=1000, lr=1e-3, warmup=100, min_lr=1e-4, batch=4)
     changed = training_settings(planned, {"steps": 20, "lr": 1e-5})

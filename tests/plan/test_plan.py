@@ -219,3 +219,13 @@ def test_every_key_is_documented(table: type[Plan]) -> None:
     for name, field in table.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
+
+
+def test_sequences_that_nobody_gave_fit_the_positions() -> None:
+    """Those of all models that read them; what was given stays, as does all else."""
+    open_, given = Plan.from_text("[train]\nsteps = 5"), Plan.from_text("[train]\nsequence = 256")
+    assert open_.fitted(64, None, 100).train.sequence == 64
+    assert open_.fitted(64).train.steps == 5
+    assert open_.fitted(64).fitted(32).train.sequence == 64, "it is given now"
+    assert open_.fitted(None) is open_.fitted() is open_.fitted(300) is open_
+    assert given.fitted(64) is given
