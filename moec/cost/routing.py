@@ -6,13 +6,14 @@
     Routing.skewed([0.4, 0.3, 0.2, 0.1])  the shares of the experts, of every layer with as many
     Routing.counted(tables)               the tables of a run: per rank, as `Traffic.routed` has them
 
-Tokens are taken to choose independently of each other, expert e with probability p_e = K · (its share of the
-rows), so one of T tokens at least chooses it with probability 1 - (1 - p_e) ** T. That is exact for any way in
-which one token chooses K different experts; in a real text neighbours choose alike, and fewer are touched.
+Tokens are taken to choose independently of each other, expert e with probability p_e = K · (its share of
+the rows), so one of T tokens at least chooses it with probability 1 - (1 - p_e) ** T. That is exact for any
+way in which one token chooses K different experts; in a real text neighbours choose alike, and fewer are
+touched.
 
-The rank that is told of is the fullest one, which the others wait for. With capacity, an expert takes its mean
-up to the capacity; that the number fluctuates, and some is dropped though the mean fits, is left out: of a mean
-of M rows about 0.4 · sqrt(M) where capacity is just M.
+The rank that is told of is the fullest one, which the others wait for. With capacity, an expert takes its
+mean up to the capacity; that the number fluctuates, and some is dropped though the mean fits, is left out: of
+a mean of M rows about 0.4 · sqrt(M) where capacity is just M.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from moec.errors import CostError
 from moec.runtime.ops.work import Amount
 
 
-class Routing(ABC):
+class Routing:
     """See the module. Ranks that an axis deals the experts out to hold consecutive ones."""
 
     @staticmethod
@@ -62,7 +63,7 @@ class Routing(ABC):
         return Counted(tuple(map(tuple, tables)))
 
 
-class Expected(Routing):
+class Expected(Routing, ABC):
     """A routing that is known in the mean."""
 
     @abstractmethod
@@ -113,9 +114,8 @@ class Shares(Expected):
 
     def shares(self, experts: int, top_k: int) -> tuple[float, ...]:
         if len(self.given) != experts:
-            raise CostError(
-                "routing", f"shares of {len(self.given)} experts", f"of {experts}, as a layer has"
-            )
+            found = f"shares of {len(self.given)} experts"
+            raise CostError("routing", found, f"shares of {experts}, as a layer has")
         if max(self.given) * top_k > 1 + 1e-9:
             found = f"a share of {max(self.given):.3g} where a token chooses {top_k} experts"
             raise CostError("routing", found, f"at most 1/{top_k}: no token chooses an expert twice")

@@ -30,7 +30,7 @@ class Table:
     experts: int
     routing: Expected
     capacity: float | None = None
-    spread: sympy.Expr = sympy.Integer(1)
+    spread: sympy.Expr = sympy.S.One
 
     @property
     def rows(self) -> sympy.Expr:

@@ -27,8 +27,8 @@ _REDUCE = "_c10d_functional::all_reduce"
 class Tables:
     """The tables of one walk over a graph of `mesh`, read for the rank `rank`.
 
-    Of a routing that is known in the mean, a table is followed by what it counts; of one that was counted, the
-    arithmetic that stands in the graph is done, for all ranks together, as they tell each other their counts.
+    Of a routing that is known in the mean, a table is followed by what it counts; of one that was counted,
+    the arithmetic that stands in the graph is done, for all ranks together, as they tell each other theirs.
     """
 
     def __init__(self, routing: Routing, mesh: Mesh, rank: int) -> None:
