@@ -23,6 +23,7 @@ from . import summary
 from .crossover import Crossover, crossover
 from .hardware import Hardware
 from .lambdified import Numbers, lambdified
+from .numbers import Evaluator
 from .operation import Operation
 from .spelling import latex
 from .symbols import symbol
@@ -90,6 +91,11 @@ class Cost:
         """FLOPs for every byte of memory that is moved: what decides which of the two takes the time."""
         return self.flops / self.bytes
 
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Computes all amounts for given letters; made once."""
+        return Evaluator(self.operations)
+
     def _sum(self, amount: Callable[[Operation], Any]) -> sympy.Expr:
         return summary.total(map(amount, self.operations))
 
@@ -156,13 +162,10 @@ class Cost:
         `amount`: a name of `AMOUNTS`, an expression, or `"seconds"` with `hardware`. Axes that are neither
         `letter` nor among `letters` are as they are here, on either side. See `moec.cost.crossover`.
         """
-        sides = []
-        for side in (self, other):
-            found = side._solvable(amount, hardware, {letter, *letters}) if isinstance(side, Cost) else side
-            sides.append(found)
-        standing = {str(one) for side in sides for one in sympy.sympify(side).free_symbols}
-        given = {name: number for name, number in letters.items() if name in standing}
-        return crossover(*sides, letter, names=names, over=over, **given)
+        free = {letter, *letters}
+        mine = self._solvable(amount, hardware, free)
+        theirs = other._solvable(amount, hardware, free) if isinstance(other, Cost) else other
+        return crossover(mine, theirs, letter, names=names, over=over, **letters)
 
     def _solvable(self, amount: Any, hardware: Hardware | None, free: set[str]) -> sympy.Expr:
         found = self.seconds_expression(hardware) if amount == "seconds" else self.amount(amount)

@@ -1,7 +1,7 @@
 """The time of a cost as one expression: the roofline, operator by operator, without anything that overlaps.
 
-Each operator takes the longer of its arithmetic and its memory, and its launches; each message its latency, and
-the bytes their time on the link. It is what can be solved for a letter (`crossover`), and coarser than
+Each operator takes the longer of its arithmetic and its memory, and its launches; each message its latency,
+and the bytes their time on the link. It is what can be solved for a letter (`crossover`), and coarser than
 `predict`: no tiles, no caches, no measured tables, no contention, and no communication hidden behind work.
 """
 
