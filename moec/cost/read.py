@@ -19,38 +19,66 @@ from torch import Tensor, fx
 
 from moec.ir import region_of
 from moec.ir.graphs import attribute
+from moec.ir.mesh import Mesh
 from moec.ir.placement import Layout
-from moec.runtime.ops.work import NOTHING, Work
+from moec.runtime.ops.work import NOTHING, Price, Work
 
+from .asked import Answer, Oracle
 from .call import GraphCall
+from .gradients import Gradients
 from .kinds import kind_of
 from .operation import Operation
 from .operators import price_of
+from .operators.attention import Attention, chosen
 from .operators.default import default_price
+from .routing import Routing
+from .rows import Rows
 from .sendings import sendings
 from .sizes import SizeReader
-from .tables import drawn, rows_of, table_of
-from .value import Table, Value
+from .tables import Tables
+from .value import Value, values_of
 
 
 def read_operations(
-    graph: fx.GraphModule, layout: Layout | None = None, *, training: bool = True
+    graph: fx.GraphModule,
+    layout: Layout | None = None,
+    *,
+    training: bool = True,
+    attention: Attention | None = None,
+    routing: Routing | None = None,
+    rank: int = 0,
 ) -> tuple[Operation, ...]:
     """Every operator of `graph` and its regions, in the order in which they run.
 
     `graph`: of a program of one process, or of one rank (stage *partitioned*, *cached* or *fused*), with the
-    `layout` of that. `training`: gradients are computed and dropout runs.
+    `layout` of that. `training`: gradients are computed and dropout runs. `attention`: by `flash` kernels or by
+    `math`; None: by what torch takes on the device of the weights. `routing`: how tokens are dealt out to experts
+    (None: evenly), of which the fullest rank is told, or `rank` where it was counted.
     """
-    walk = _Walk(graph, layout, training)
-    walk.run(graph, None, "")
-    return tuple(walk.operations)
+    mesh = layout.mesh if layout else Mesh()
+    tables = Tables(routing or Routing.balanced(), mesh, rank)
+    walk = _Walk(graph, layout, training, attention, tables)
+    results = walk.run(graph, None, "")
+    tables.require_all_read()
+    return walk.gradients.settled(walk.operations, values_of(results)) if training else tuple(walk.operations)
 
 
 class _Walk:
-    def __init__(self, root: fx.GraphModule, layout: Layout | None, training: bool) -> None:
+    def __init__(
+        self,
+        root: fx.GraphModule,
+        layout: Layout | None,
+        training: bool,
+        attention: Attention | None,
+        tables: Tables,
+    ) -> None:
         self.sizes = SizeReader(root, layout.mesh if layout else None)
-        self.layout, self.training = layout, training
+        self.layout, self.training, self.attention = layout, training, attention
+        self.device = next((weight.device.type for weight in root.parameters()), "cpu")
+        self.oracle = Oracle(self.sizes.letters)
+        self.tables = tables
         self.operations: list[Operation] = []
+        self.gradients = Gradients()
 
     def run(self, module: fx.GraphModule, inputs: Sequence[Value] | None, region: str) -> Any:
         """What `module` returns for `inputs`; None: those that the root is given."""
@@ -73,36 +101,47 @@ class _Walk:
     def _attribute(self, module: fx.GraphModule, node: fx.Node, region: str) -> Any:
         held = attribute(module, str(node.target))
         if not isinstance(held, Tensor):
-            return held  # `training`
+            return self.training if node.target == "training" else held
         name = f"{region}.{node.target}" if region else str(node.target)
         placement = self.layout.of(name) if self.layout else None
         splits = {split.dim: split.axis for split in placement.splits} if placement else {}
         sizes = self.sizes.weight(held.shape, splits)
         return Value(sizes, held.dtype, held.requires_grad and self.training, name)
 
-    def _value(self, meta: Any, node: fx.Node, operands: Sequence[Value], needs_grad: bool = False) -> Any:
+    def _value(self, meta: Any, node: fx.Node, operands: Sequence[Value]) -> Any:
         if isinstance(meta, Tensor):
             mark = str(node.meta.get("placement") or "")
             sizes = self.sizes.value(meta.shape, mark, operands)
-            return Value(sizes, meta.dtype, needs_grad and meta.is_floating_point())
+            return Value(sizes, meta.dtype)
         if isinstance(meta, list | tuple):
-            return [self._value(item, node, operands, needs_grad) for item in meta]
+            return [self._value(item, node, operands) for item in meta]
         return Value(None, known=self.sizes.size(meta) if isinstance(meta, int | torch.SymInt) else meta)
 
     def _call(self, node: fx.Node, known: dict[fx.Node, Any], region: str, module: fx.GraphModule) -> Any:
         if node.target is operator.getitem:
             return known[node.args[0]][node.args[1]]  # type: ignore[index]
-        operands = [v for other in node.all_input_nodes for v in _values(known[other])]
+        operands = [v for other in node.all_input_nodes for v in values_of(known[other])]
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._value(node.meta.get("val"), node, operands)
         name = node.target._schema.name
         self._learn_rows(name, node, known)
-        needs_grad = any(v.needs_grad for v in operands) and name != "aten::detach"
-        results = self._value(node.meta.get("val"), node, operands, needs_grad)
+        results = self._value(node.meta.get("val"), node, operands)
         call = GraphCall(node, known, results, self.training)
-        table = _drawn(name, call) or table_of(name, call)
+        call.answer = self._asked(name, node, known, call)
+        if name == "aten::scaled_dot_product_attention":
+            call.attention = self.attention or chosen(node, known, self.device)
+        tables = self.tables.of(name, call, known)
         made = self._operation(name, node, call, operands, region, module)
-        return _marked(results, table, made)
+        return self._marked(results, call, tables, made)
+
+    def _asked(self, name: str, node: fx.Node, known: dict[fx.Node, Any], call: GraphCall) -> Answer:
+        """What torch says of views and gradients; collectives are told, as torch has none without ranks."""
+        if not name.startswith("_c10d_functional::"):
+            if call.inputs and call.tensor_results:
+                return self.oracle.ask(node, known)
+            return Answer((None,) * len(call.results), (False,) * len(call.results))
+        view = 0 if name == "_c10d_functional::wait_tensor" else None
+        return Answer((view,), (call.learns and call.results[0].dtype.is_floating_point,))
 
     def _learn_rows(self, name: str, node: fx.Node, known: dict[fx.Node, Any]) -> None:
         """Name the symbol of a number of rows when it first appears."""
@@ -111,7 +150,7 @@ class _Walk:
             for size in value.shape if isinstance(value, Tensor) else ():
                 unknown = self.sizes.unknown(size)
                 if unknown is not None:
-                    rows = rows_of(name, GraphCall(node, known, [], self.training))
+                    rows = self.tables.rows_of(name, GraphCall(node, known, [], self.training))
                     assert rows is not None, f"{node}: {name} makes a number of rows that is not told"
                     self.sizes.letters[unknown] = rows
 
@@ -124,12 +163,12 @@ class _Walk:
         region: str,
         module: fx.GraphModule,
     ) -> frozenset[int]:
-        formula = price_of(name)
-        price = formula(call) if formula else default_price(call)
-        there, back = sendings(name, call)
-        wanted = self.training and any(value.needs_grad for value in operands)
+        price = _price(name, call)
+        there, back = sendings(name, call, self.tables.mesh, self.tables.rank)
+        wanted = self.training and any(call.answer.learns)
         found = region_of(module) if region else None
         after = frozenset[int]().union(*(value.made for value in operands))
+        index = len(self.operations)
         self.operations.append(
             Operation(
                 f"{region}.{node.name}" if region else node.name,
@@ -142,12 +181,40 @@ class _Walk:
                 price.backward if wanted else NOTHING,
                 (there,) if there else (),
                 (back,) if back and wanted else (),
-                price.saved if wanted else 0,
+                0,
                 sum((v.bytes for v in operands if v.weight), 0),
                 tuple(sorted(after)),
             )
         )
-        return frozenset([len(self.operations) - 1]) if _works(price.forward, there) else after
+        self.gradients.note(index, call, price)
+        return frozenset([index]) if _works(price.forward, there) else after
+
+    def _marked(self, results: Any, call: GraphCall, tables: dict[int, Rows], made: frozenset[int]) -> Any:
+        """The results with the operation that made them; and the tables that are among them."""
+        index = len(self.operations) - 1
+        marked = [
+            replace(
+                value,
+                made=made,
+                needs_grad=call.answer.learns[place] and self.training,
+                table=tables.get(place),
+                memory=self.gradients.memory(index, call, place),
+                pulls=frozenset([index]) if call.answer.learns[place] else frozenset(),
+            )
+            for place, value in enumerate(call.results)
+        ]
+        return marked if isinstance(results, list) else marked[0] if marked else results
+
+
+def _price(name: str, call: GraphCall) -> Price:
+    """What the call costs; a view of an operand costs nothing."""
+    formula = price_of(name)
+    if formula is not None:
+        return formula(call)
+    views = call.answer.views
+    if views and all(view is not None for view in views):
+        return Price(NOTHING)
+    return default_price(call)
 
 
 def _dtype(operands: Sequence[Value]) -> str:
@@ -158,33 +225,3 @@ def _dtype(operands: Sequence[Value]) -> str:
 
 def _works(work: Work, sent: Any) -> bool:
     return bool(work.calls) or sent is not None
-
-
-def _drawn(name: str, call: GraphCall) -> Table | None:
-    """The table that a router makes."""
-    if name in ("moec::assign", "moec::admit"):
-        tokens, top_k = call.shape("experts")
-        return drawn(call, int(top_k), _experts(call), tokens)
-    if name == "moec::gate":
-        return drawn(call, int(call.value("top_k")), int(call.shape("router")[0]), call.shape("x")[0])
-    return None
-
-
-def _experts(call: GraphCall) -> int:
-    given = call.arguments.get("num_experts")
-    return int(given) if given is not None else int(call.shape("choices")[1])
-
-
-def _values(known: Any) -> list[Value]:
-    if isinstance(known, list | tuple):
-        return [value for item in known for value in _values(item)]
-    return [known] if isinstance(known, Value) else []
-
-
-def _marked(results: Any, table: Table | None, made: frozenset[int]) -> Any:
-    """The results with the operation that made them; those of integers carry the table."""
-    if isinstance(results, list):
-        return [_marked(item, table, made) for item in results]
-    if not isinstance(results, Value):
-        return results
-    return replace(results, made=made, table=table if not results.needs_grad else None)

@@ -3,58 +3,56 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 
-from moec.runtime.ops.work import Load
+from .rows import Rows
 
 Sizes = tuple[sympy.Expr, ...]
 
 
 @dataclass(frozen=True)
-class Table:
-    """What is known of counts of rows by expert: `rows`, all together, and who drew them.
+class Memory:
+    """What results of the operation `made` lie in: `bytes` in all; told apart by `number`."""
 
-    Each of `tokens` tokens chose `top_k` of `experts` experts, so that an expert is left out by all of them
-    with probability (1 - top_k / experts) ** tokens.
-    """
-
-    rows: sympy.Expr
-    tokens: sympy.Expr
-    top_k: int
-    experts: int
-
-    def of_ranks(self, ranks: sympy.Expr) -> Table:
-        """The table of as many ranks, all with as many rows as this one."""
-        return replace(self, rows=self.rows * ranks, tokens=self.tokens * ranks)
-
-    def arrived(self, ranks: sympy.Expr) -> Table:
-        """What one of `ranks` ranks gets when each deals its rows out to all: as many rows of more tokens."""
-        return replace(self, tokens=self.tokens * ranks)
-
-    def load(self, experts: sympy.Expr) -> Load:
-        """The load of `experts` of the experts."""
-        share = sympy.Rational(self.top_k, self.experts)
-        return Load(self.rows, experts * (1 - (1 - share) ** self.tokens))
+    number: int
+    made: int
+    bytes: sympy.Expr
 
 
 @dataclass(frozen=True)
 class Value:
-    """One result of a node. `made`: the operations that it comes of, by index; `weight`: a parameter or
-    buffer as the program holds it."""
+    """One result of a node.
+
+    `made`: the operations that it comes of, by index; `pulls`: those that its gradient goes to next.
+    `weight`: the name of a parameter or buffer as the program holds it. `memory`: where it lies, together
+    with all views of it; None for weights and what the program is given.
+    """
 
     sizes: Sizes | None
     dtype: torch.dtype = torch.float32
     needs_grad: bool = False
     weight: str = ""
-    table: Table | None = None
+    table: Rows | None = None
+    memory: Memory | None = None
     made: frozenset[int] = field(default=frozenset())
     known: Any = None  # a size or number that the graph computes
+    pulls: frozenset[int] = field(default=frozenset())
 
     @property
     def bytes(self) -> sympy.Expr:
         """Of all its elements."""
         return sympy.Integer(self.dtype.itemsize) * math.prod(self.sizes or ())
+
+
+def values_of(known: Any) -> list[Value]:
+    """The values in what is known of a node."""
+    if isinstance(known, Mapping):
+        return values_of(list(known.values()))
+    if isinstance(known, list | tuple):
+        return [value for item in known for value in values_of(item)]
+    return [known] if isinstance(known, Value) else []

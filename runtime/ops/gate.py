@@ -20,7 +20,8 @@ from torch import Tensor
 from moec.runtime.ops.assign import check_assign
 from moec.runtime.ops.registry import define, differentiate, wide
 from moec.runtime.ops.route import check_route, route_backward
-from moec.runtime.ops.router import check_router, router_dtype
+from moec.runtime.ops.router import check_router, router_dtype, router_work
+from moec.runtime.ops.work import NOTHING, Call, Price, Work, price
 
 Gated = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -109,3 +110,17 @@ define(
     _fake_backward,
 )
 differentiate("gate", _setup, _backward)
+
+
+def _price(call: Call) -> Price:
+    """The product, and the results of all three: `scores` is read again to choose."""
+    product, back = router_work(call, "router")
+    forward = Work(product.products, product.read, call.result_bytes())
+    wanted = call.needs_grad("x") or call.needs_grad("router")
+    kept = call.result_bytes(0) + call.result_bytes(1) + call.result_bytes(2)
+    backward = Work(back.products, back.read + kept, back.written)
+    return Price(forward, backward if wanted else NOTHING)
+
+
+price("gate", _price)
+price("gate_backward", lambda call: Price(router_work(call, "router")[1]))

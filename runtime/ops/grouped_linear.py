@@ -24,7 +24,7 @@ from torch import Tensor
 from moec.runtime.ops.buffers import GRADIENTS, ROWS
 from moec.runtime.ops.products import multiply
 from moec.runtime.ops.registry import LIBRARY, define, demand, differentiate
-from moec.runtime.ops.work import NOTHING, Call, Price, Product, Work, price
+from moec.runtime.ops.work import NOTHING, Amount, Call, Load, Price, Product, Work, price
 
 
 def check_grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> None:
@@ -145,20 +145,36 @@ LIBRARY.impl("grouped_linear", _autocast("cuda"), "AutocastCUDA")
 
 def _price(call: Call) -> Price:
     """Only experts that have rows are read and multiplied."""
-    experts, width, depth = call.shape("weight")
+    width, depth = call.shape("weight")[1:]
     load = call.load("counts")
-    weights = load.touched * width * depth * call.itemsize("weight")
-    rows, out = load.rows * depth * call.itemsize("rows"), load.rows * width * call.itemsize("rows")
-    forward = Work((Product(load.rows, width, depth, load.touched),), rows + weights, out)
+    forward = _rows_through(load, depth, width, call.itemsize("rows"))
+    out = load.rows * width * call.itemsize("rows")
     backward = NOTHING
     if call.needs_grad("rows"):
-        backward += Work((Product(load.rows, depth, width, load.touched),), out + weights, rows)
+        backward += _rows_through(load, width, depth, call.itemsize("rows"))
     if call.needs_grad("weight"):
-        written = experts * width * depth * call.itemsize("weight")
-        backward += Work((Product(width, depth, load.rows, load.touched, "k"),), out + rows, written)
+        backward += _outer(load, call.shape("counts")[0], width, depth, call.itemsize("rows"))
     if call.has("bias") and call.needs_grad("bias"):
         backward += Work((), out, call.bytes("bias"))
-    return Price(forward, backward, shared=("rows",) if call.needs_grad("weight") else ())
+    return Price(forward, backward)
+
+
+def _rows_through(load: Load, depth: Amount, width: Amount, itemsize: int) -> Work:
+    weights = load.touched * width * depth
+    product = Product(load.rows, width, depth, load.touched)
+    return Work((product,), (load.rows * depth + weights) * itemsize, load.rows * width * itemsize)
+
+
+def _outer(load: Load, experts: Amount, width: Amount, depth: Amount, itemsize: int) -> Work:
+    """The gradient of the weights; those of experts without rows are written too."""
+    product = Product(width, depth, load.rows, load.touched, "k")
+    return Work((product,), load.rows * (width + depth) * itemsize, experts * width * depth * itemsize)
+
+
+def _outer_price(call: Call) -> Price:
+    width, depth = call.shape("left")[1], call.shape("right")[1]
+    return Price(_outer(call.load("counts"), call.shape("counts")[0], width, depth, call.itemsize("left")))
 
 
 price("grouped_linear", _price)
+price("grouped_outer", _outer_price)

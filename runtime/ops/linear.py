@@ -11,6 +11,7 @@ anything but a CPU it is torch's `linear`.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from moec.runtime.ops.buffers import GRADIENTS
 from moec.runtime.ops.products import multiply, packed_part, product
 from moec.runtime.ops.registry import LIBRARY, define, demand, differentiate
+from moec.runtime.ops.work import NOTHING, Call, Price, Product, Work, price
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -117,3 +119,31 @@ differentiate("linear", _setup, _backward)
 differentiate("linear_outer", _outer_setup, _outer_backward)
 LIBRARY.impl("linear", _autocast("cpu"), "AutocastCPU")
 LIBRARY.impl("linear", _autocast("cuda"), "AutocastCUDA")
+
+
+def linear_price(call: Call) -> Price:
+    """x [..., D] times weight [F, D] transposed; torch's `linear` has the same formula."""
+    *rows, depth = call.shape("input")
+    width, size = call.shape("weight")[0], prod(rows)
+    operands = call.bytes("input") + call.bytes("weight") + call.bytes("bias")
+    out = size * width * call.itemsize("input")
+    backward = NOTHING
+    if call.needs_grad("input"):
+        read = out + call.bytes("weight")
+        backward += Work((Product(size, depth, width),), read, call.bytes("input"))
+    if call.needs_grad("weight"):
+        backward += Work((Product(width, depth, size),), out + call.bytes("input"), call.bytes("weight"))
+    if call.has("bias") and call.needs_grad("bias"):
+        backward += Work((), out, call.bytes("bias"))
+    return Price(Work((Product(size, width, depth),), operands, out), backward)
+
+
+def _outer_price(call: Call) -> Price:
+    *rows, width = call.shape("left")
+    depth = call.shape("right")[-1]
+    read, written = call.bytes("left") + call.bytes("right"), width * depth * call.itemsize("left")
+    return Price(Work((Product(width, depth, prod(rows)),), read, written))
+
+
+price("linear", linear_price)
+price("linear_outer", _outer_price)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moec.runtime.ops.registry import define, demand, differentiate, wide
+from moec.runtime.ops.work import NOTHING, Call, Price, Product, Work, price
 
 
 def check_router(x: Tensor, weight: Tensor) -> None:
@@ -71,3 +72,26 @@ define(
     _fake_backward,
 )
 differentiate("router", _setup, _backward)
+
+
+def router_work(call: Call, weight: str = "weight") -> tuple[Work, Work]:
+    """Forward and backward of the product with `weight`; backward computes both gradients, wanted or not."""
+    tokens, depth = call.shape("x")
+    experts = call.shape(weight)[0]
+    operands = call.bytes("x") + call.bytes(weight)
+    scores = tokens * experts * max(4, call.itemsize("x"), call.itemsize(weight))
+    back = (Product(tokens, depth, experts), Product(experts, depth, tokens))
+    return (
+        Work((Product(tokens, experts, depth),), operands, scores),
+        Work(back, scores + operands, operands, 2),
+    )
+
+
+def _price(call: Call) -> Price:
+    forward, backward = router_work(call)
+    wanted = call.needs_grad("x") or call.needs_grad("weight")
+    return Price(forward, backward if wanted else NOTHING)
+
+
+price("router", _price)
+price("router_backward", lambda call: Price(router_work(call)[1]))

@@ -75,14 +75,15 @@ NOTHING = Work(calls=0)
 class Price:
     """What an operator does: forward, backward, and the bytes it keeps in between.
 
-    `saved`: only what is not kept anyhow as a weight; `shared`: the names of arguments that are kept
-    whole (an activation that two operators keep is in memory once, so the reader of a graph adds them up).
+    What is kept is asked of autograd itself (`moec.cost.asked`) unless `shared` says it: the names of
+    arguments that are kept whole, results by their number; `saved` are the bytes that are kept beside them.
+    A value that two operators keep is in memory once, so the reader of a graph adds them up.
     """
 
     forward: Work
     backward: Work = NOTHING
     saved: Amount = 0
-    shared: tuple[str, ...] = ()
+    shared: tuple[str | int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Load:
 
 class Call(Protocol):
     """One call of an operator: its arguments by the names of its schema, defaults included."""
+
+    @property
+    def operands(self) -> Sequence[str]:
+        """The names of all arguments that are tensors."""
+        ...
 
     @property
     def training(self) -> bool:

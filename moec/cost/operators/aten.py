@@ -1,10 +1,12 @@
-"""Formulas of torch's operators."""
+"""Formulas of torch's operators; one without a formula reads its operands and writes its results."""
 
 from __future__ import annotations
 
-import math
+from moec.runtime.ops.linear import linear_price
+from moec.runtime.ops.work import NOTHING, PRICES, Call, Formula, Price, Work
 
-from moec.runtime.ops.work import NOTHING, PRICES, Call, Formula, Price, Product, Work
+from .attention import attention
+from .products import PRODUCTS
 
 
 def price_of(operator: str) -> Formula | None:
@@ -12,74 +14,67 @@ def price_of(operator: str) -> Formula | None:
     return ATEN.get(operator) or PRICES.get(operator)
 
 
-def linear(call: Call) -> Price:
-    """x [..., D] times weight [F, D] transposed."""
-    *rows, depth = call.shape("input")
-    width, size = call.shape("weight")[0], math.prod(rows)
-    grad_input, grad_weight = call.needs_grad("input"), call.needs_grad("weight")
-    forward = Work(
-        (Product(size, width, depth),),
-        call.bytes("input") + call.bytes("weight") + call.bytes("bias"),
-        call.result_bytes(),
-    )
-    backward = NOTHING
-    if grad_input:
-        backward += Work(
-            (Product(size, depth, width),), call.result_bytes() + call.bytes("weight"), call.bytes("input")
-        )
-    if grad_weight:
-        backward += Work(
-            (Product(width, depth, size),), call.result_bytes() + call.bytes("input"), call.bytes("weight")
-        )
-    if call.has("bias") and call.needs_grad("bias"):
-        backward += Work((), call.result_bytes(), call.bytes("bias"))
-    kept = (("input",) if grad_weight else ()) + (("weight",) if grad_input else ())
-    return Price(forward, backward, shared=kept)
+def embedding(call: Call) -> Price:
+    """Rows are looked up; the gradient of the table is written whole."""
+    return _looked_up(call, "weight", "indices")
 
 
-def attention(call: Call) -> Price:
-    """softmax(q kᵀ) v over all pairs; backward computes the scores again."""
-    *batch, length, depth = call.shape("query")
-    keys, out = call.shape("key")[-2], call.shape("value")[-1]
-    count = math.prod(batch)
-    rows = count * length
-    scores, values = Product(rows, keys, depth, count), Product(rows, out, keys, count)
-    operands = call.bytes("query") + call.bytes("key") + call.bytes("value")
-    forward = Work((scores, values), operands + call.bytes("attn_mask"), call.result_bytes())
-    if not call.needs_grad("query"):
+def index_select(call: Call) -> Price:
+    """As many rows are read as are given."""
+    return _looked_up(call, "self", "index")
+
+
+def index(call: Call) -> Price:
+    """As many elements are read as are given."""
+    return _looked_up(call, "self", "indices")
+
+
+def _looked_up(call: Call, table: str, places: str) -> Price:
+    out = call.result_bytes()
+    forward = Work((), out + call.bytes(places), out)
+    if not call.needs_grad(table):
         return Price(forward)
-    back: tuple[Product, ...] = (
-        scores,
-        Product(rows, keys, out, count),
-        Product(count * keys, out, length, count),
-    )
-    back += (Product(rows, depth, keys, count), Product(count * keys, depth, length, count))
-    statistics = 4 * rows
-    return Price(
-        forward,
-        Work(back, operands + 2 * call.result_bytes() + statistics, operands),
-        call.result_bytes() + statistics,
-        ("query", "key", "value"),
-    )
+    return Price(forward, Work((), out + call.bytes(places), call.bytes(table) + out))
 
 
-def view(call: Call) -> Price:
-    """Nothing is computed or copied."""
+def filled(call: Call) -> Price:
+    """Written, and nothing read: the operand says a shape alone."""
+    return Price(Work((), 0, call.result_bytes()))
+
+
+def summed(call: Call) -> Price:
+    """Backward spreads what arrives: nothing but that is read."""
+    name = "self" if "self" in call.operands else "input"
+    forward = Work((), call.bytes(name), call.result_bytes())
+    if not call.needs_grad(name):
+        return Price(forward)
+    return Price(forward, Work((), call.result_bytes(), call.bytes(name)))
+
+
+def cat(call: Call) -> Price:
+    """Copied; the gradients are views of what arrives."""
+    return Price(Work((), call.bytes("tensors"), call.result_bytes()))
+
+
+def nothing(call: Call) -> Price:
+    """A number or a mark: nothing is computed."""
     return Price(NOTHING)
 
 
-def pieces(call: Call) -> Price:
-    """Views of one value; backward puts their gradients together again."""
-    wanted = call.needs_grad("self")
-    return Price(NOTHING, Work((), call.result_bytes(), call.bytes("self")) if wanted else NOTHING)
-
-
-_VIEWS = "flatten unflatten transpose unsqueeze squeeze view view_as permute t detach reshape sym_size"
-_PIECES = "chunk split split_with_sizes slice select expand"
-
 ATEN: dict[str, Formula] = {
-    "aten::linear": linear,
-    "aten::scaled_dot_product_attention": attention,
-    **{f"aten::{name}": view for name in _VIEWS.split()},
-    **{f"aten::{name}": pieces for name in _PIECES.split()},
+    "aten::linear": linear_price,
+    "aten::scaled_dot_product_attention": attention,  # type: ignore[dict-item]
+    "aten::embedding": embedding,
+    "aten::index_select": index_select,
+    "aten::gather": index_select,
+    "aten::index": index,
+    "aten::cat": cat,
+    "aten::sum": summed,
+    "aten::mean": summed,
+    "aten::sym_size": nothing,
+    **{
+        f"aten::{name}": filled
+        for name in ["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros"]
+    },
+    **PRODUCTS,
 }
