@@ -43,7 +43,7 @@ class ArrangeRanks(Pass):
         mesh = Mesh(data, parallel.tensor, parallel.node)
         layers: list[tuple[str, ExpertAxes]] = []
         for name, module in regions(program.graph, "moe").items():
-            axes, remarks = _axes(name, module, parallel, self.world)
+            axes, remarks = expert_axes(name, module, parallel, self.world)
             layers.append((name, axes))
             for remark in remarks:
                 program.ledger = program.ledger.note(remark)
@@ -75,7 +75,13 @@ def _divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
-def _axes(name: str, module: fx.GraphModule, parallel: Parallel, world: int) -> tuple[ExpertAxes, list[str]]:
+def expert_axes(
+    name: str, module: fx.GraphModule, parallel: Parallel, world: int
+) -> tuple[ExpertAxes, list[str]]:
+    """How `parallel` arranges `world` ranks for the expert layer `name`, and what of it cannot be had.
+
+    Raises `PlanError` when the slices do not divide the hidden units. Reads `module`, changes nothing.
+    """
     region, remarks = region_of(module), []
     assert region is not None
     experts, ways = region.settings["experts"], parallel.slice
@@ -99,8 +105,13 @@ def _record_exchange(module: fx.GraphModule, mesh: Mesh, axes: ExpertAxes, paral
     steps."""
     region = region_of(module)
     assert region is not None
-    kind, inside = parallel.all_to_all, mesh.inside(axes)
-    two_steps = 1 < inside < axes.expert and kind in ("auto", "hierarchical")
-    shared = mesh.tensor > 1 and kind in ("auto", "coordinated")
+    shared, two_steps = way_of_rows(mesh, axes, parallel)
     facts = {"shared": shared, "exchange": "hierarchical" if two_steps else "flat"}
     module.meta["region"] = replace(region, settings={**region.settings, **facts})
+
+
+def way_of_rows(mesh: Mesh, axes: ExpertAxes, parallel: Parallel) -> tuple[bool, bool]:
+    """Whether tensor ranks share the tokens of an expert layer, and whether its rows travel in two steps."""
+    kind, inside = parallel.all_to_all, mesh.inside(axes)
+    two_steps = 1 < inside < axes.expert and kind in ("auto", "hierarchical")
+    return mesh.tensor > 1 and kind in ("auto", "coordinated"), two_steps
