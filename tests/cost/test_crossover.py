@@ -100,7 +100,7 @@ def test_no_crossover_is_said() -> None:
 @pytest.mark.parametrize(
     ("letter", "given_", "over", "told"),
     [
-        ("BE", {}, (1, 9), "nearest 'B'"),
+        ("BE", {}, (1, 9), "nearest '[BE]'"),
         ("B", {}, (1, 9), "no number for E"),
         ("B", {"E": 2}, (9, 1), "a range of positive numbers"),
         ("B", {"E": 2}, (1, 10**8), "at most 1,000,000 numbers"),
