@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from moec.ir import region_of
 from moec.ir.graphs import attribute
 from moec.ir.mesh import Mesh
-from moec.ir.placement import Layout
+from moec.ir.placement import Layout, Placement
 from moec.runtime.ops.work import NOTHING, Price, Work
 
 from .asked import Answer, Oracle
@@ -36,7 +37,8 @@ from .rows import Rows
 from .sendings import sendings
 from .sizes import SizeReader
 from .tables import Tables
-from .value import Value, values_of
+from .value import Sizes, Value, values_of
+from .weights import weight_sizes
 
 
 def read_operations(
@@ -51,9 +53,9 @@ def read_operations(
     """Every operator of `graph` and its regions, in the order in which they run.
 
     `graph`: of a program of one process, or of one rank (stage *partitioned*, *cached* or *fused*), with the
-    `layout` of that. `training`: gradients are computed and dropout runs. `attention`: by `flash` kernels or by
-    `math`; None: by what torch takes on the device of the weights. `routing`: how tokens are dealt out to experts
-    (None: evenly), of which the fullest rank is told, or `rank` where it was counted.
+    `layout` of that. `training`: gradients are computed and dropout runs. `attention`: by `flash` kernels or
+    by `math`; None: by what torch takes on the device of the weights. `routing`: how tokens are dealt out to
+    experts (None: evenly), of which the fullest rank is told, or `rank` where it was counted.
     """
     mesh = layout.mesh if layout else Mesh()
     tables = Tables(routing or Routing.balanced(), mesh, rank)
@@ -103,10 +105,14 @@ class _Walk:
         if not isinstance(held, Tensor):
             return self.training if node.target == "training" else held
         name = f"{region}.{node.target}" if region else str(node.target)
-        placement = self.layout.of(name) if self.layout else None
-        splits = {split.dim: split.axis for split in placement.splits} if placement else {}
-        sizes = self.sizes.weight(held.shape, splits)
+        sizes = self._weight_sizes(name, held, even=bool(region))
         return Value(sizes, held.dtype, held.requires_grad and self.training, name)
+
+    def _weight_sizes(self, name: str, held: Tensor, even: bool) -> Sizes:
+        placement = self.layout.of(name) if self.layout else Placement()
+        if self.layout is None or not placement.splits:
+            return tuple(map(sympy.Integer, held.shape))
+        return weight_sizes(self.layout.shapes[name], placement, self.tables.places, even)
 
     def _value(self, meta: Any, node: fx.Node, operands: Sequence[Value]) -> Any:
         if isinstance(meta, Tensor):

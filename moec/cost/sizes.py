@@ -8,7 +8,7 @@ that of an operand with the same number, or a plain number.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -55,10 +55,6 @@ class SizeReader:
             return None
         return next((s for s in size.node.expr.free_symbols if s not in self.letters), None)
 
-    def weight(self, shape: Sequence[int], splits: Mapping[int, str]) -> Sizes:
-        """The sizes of a weight whose dims `splits` are dealt out to axes."""
-        return tuple(self._split(sympy.Integer(size), splits.get(dim)) for dim, size in enumerate(shape))
-
     def value(self, shape: Sequence[Any], mark: str, operands: Sequence[Value]) -> Sizes:
         """The sizes of a value with the placement `mark`, computed from `operands`."""
         splits = {int(dim): axis for dim, axis in _MARK.findall(mark)}
@@ -67,8 +63,11 @@ class SizeReader:
         for dim, size in enumerate(shape):
             number = self.size(size)
             if isinstance(size, int):
-                split = self._split(number, splits.get(dim))
-                number = split if split != number else inherited.get(size, number)
+                axis, known = splits.get(dim), inherited.get(size, number)
+                # A vocabulary may be dealt out unevenly; its part is what that of the weight is.
+                is_uneven = known.has(sympy.ceiling) and symbol(axis or "") in known.free_symbols
+                split = known if is_uneven else self._split(number, axis)
+                number = split if split != number else known
             made.append(number)
         return tuple(made)
 

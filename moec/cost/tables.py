@@ -33,6 +33,7 @@ class Tables:
 
     def __init__(self, routing: Routing, mesh: Mesh, rank: int) -> None:
         self.routing, self.mesh, self.rank = routing, mesh, rank
+        self.places = mesh.coordinates(rank)
         self._given: list[Iterator[Tensor]] = []
         if isinstance(routing, Counted):
             if len(routing.tables) != mesh.world:
