@@ -1,89 +1,111 @@
 """How long a program will take on given hardware: numbers for the letters, then the longest way through.
 
-prediction = predict(program.cost("forward"), Hardware.shipped("a100x256"), B=8, S=1024)
-prediction.seconds, prediction.by("kind")
+prediction = predict(program.cost("forward"), Hardware.shipped("a100x64"), B=8, S=1024)
+print(prediction);  prediction.seconds, prediction.by("kind"), prediction.exposed
+
+Every operation is priced by `Device.seconds`, every collective by its groups (`collectives.py`); then they
+run as `schedule.py` says. Collectives that the graph starts and awaits apart overlap with what stands in
+between; those that a kernel or a gradient awaits itself do not. A collective is not slowed down by what the
+device computes meanwhile, nor the other way round.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
-import sympy
-
+from .arranged import arranged
 from .cost import Cost
 from .hardware import Hardware
-from .operation import Operation, Sending
-from .symbols import symbol
+from .numbers import Evaluator
+from .operation import Operation
+from .prediction import Prediction, Step
+from .pricing import WAIT, Prices, Time
+from .schedule import DEVICE, Job, Slot, schedule
+
+__all__ = ["Prediction", "Step", "predict"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One operation in time, in seconds from the beginning; `direction`: forward or backward."""
+def predict(cost: Cost, hardware: Hardware, *, captured: bool = False, **letters: int) -> Prediction:
+    """The time of one run of `cost` on `hardware`, for batch, sequence and axes as in `letters`.
 
-    operation: Operation
-    direction: str
-    begin: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What `predict` says: every operation in time."""
-
-    timeline: tuple[Step, ...]
-
-    @property
-    def seconds(self) -> float:
-        """From the beginning to the end of the last operation."""
-        return max((step.end for step in self.timeline), default=0.0)
-
-    def by(self, what: str) -> dict[str, float]:
-        """Seconds by `kind`, `region`, `layer` or `operator`; those that overlap count in full."""
-        found: dict[str, float] = defaultdict(float)
-        for step in self.timeline:
-            found[str(getattr(step.operation, what))] += step.end - step.begin
-        return dict(found)
+    `captured`: the program was recorded once and is started as a whole (a CUDA graph), so that the host
+    starts no operator by itself. Axes that are not given are as `cost` was read, or follow from those that
+    are. Raises `CostError` for a letter without a number, `MeshError` for a mesh that does not fit together
+    or has more ranks than `hardware` devices, `PlanError` for a dtype that the device has no peak for.
+    """
+    mesh = arranged(cost.mesh, letters)
+    hardware.require_world(mesh.mesh.world)
+    training = cost.phase == "training"
+    prices = Prices(cost.evaluator, hardware, mesh, letters, training=training, captured=captured)
+    plan = _Plan(cost.operations, cost.evaluator, prices.times, training)
+    return Prediction(
+        tuple(plan.steps()),
+        hardware,
+        cost.phase,
+        dict(letters),
+        float(sum(prices.works[place].flops for place in plan.places)),
+        float(sum(prices.works[place].bytes for place in plan.places)),
+        tuple(sorted(prices.unmeasured)),
+    )
 
 
-def predict(cost: Cost, hardware: Hardware, **letters: int) -> Prediction:
-    """The time of one run of `cost` on `hardware`, for batch, sequence and axes as in `letters`."""
-    numbers = Numbers(cost, letters)
-    now, timeline = 0.0, []
-    for direction in ("forward", "backward"):
-        for one in cost.operations if direction == "forward" else reversed(cost.operations):
-            end = now + _seconds(one, direction, hardware, numbers)
-            timeline.append(Step(one, direction, now, end))
-            now = end
-    return Prediction(tuple(timeline))
+class _Plan:
+    """The jobs of all operations in the order in which they are started."""
+
+    def __init__(
+        self, operations: tuple[Operation, ...], evaluator: Evaluator, times: list[Time], training: bool
+    ) -> None:
+        self.operations = operations
+        self.jobs: list[Job] = []
+        self.places: list[int] = []
+        self._about: list[Step] = []
+        self._sent: dict[int, int] = {}
+        self._awaited = {start for one in operations if one.operator == WAIT for start in one.after}
+        for index, direction, place in _order(operations, evaluator, training):
+            self.places.append(place)
+            self._add(index, direction, times[place])
+
+    def steps(self) -> Iterator[Step]:
+        """Every job in time."""
+        for step, slot in zip(self._about, schedule(self.jobs), strict=True):
+            yield _placed(step, slot)
+
+    def _add(self, index: int, direction: str, time: Time) -> None:
+        one, forward = self.operations[index], direction == "forward"
+        if not forward and not (time.device or time.links or time.host):
+            return
+        host = time.host
+        if time.device or not time.links:
+            self._job(one, direction, Job(DEVICE, time.device, host, self._needs(one) if forward else ()))
+            host = 0.0
+        for link in time.links:
+            holds = not forward or index not in self._awaited
+            self._job(one, direction, Job(link.stream, link.seconds, host, holds=holds), link.axis)
+            host = 0.0
+            if forward:
+                self._sent[index] = len(self.jobs) - 1
+
+    def _needs(self, one: Operation) -> tuple[int, ...]:
+        """The collectives, as jobs, whose results it reads; the device has done all else anyhow."""
+        return tuple(self._sent[index] for index in one.after if index in self._sent)
+
+    def _job(self, one: Operation, direction: str, job: Job, axis: str = "") -> None:
+        self.jobs.append(job)
+        self._about.append(Step(one, direction, 0.0, 0.0, job.stream, axis))
 
 
-class Numbers:
-    """Numbers for expressions; each distinct expression is computed once."""
-
-    def __init__(self, cost: Cost, letters: dict[str, int]) -> None:
-        self.given = {**cost.axes, **{symbol(name): number for name, number in letters.items()}}
-        self._known: dict[Any, float] = {}
-
-    def __call__(self, amount: Any) -> float:
-        if amount not in self._known:
-            self._known[amount] = float(sympy.sympify(amount).subs(self.given))
-        return self._known[amount]
-
-
-def _seconds(one: Operation, direction: str, hardware: Hardware, numbers: Numbers) -> float:
-    work = one.forward if direction == "forward" else one.backward
-    device, calls = hardware.device, numbers(work.calls)
-    if not calls:
-        return _sent(one.sends if direction == "forward" else one.sends_back, hardware, numbers)
-    computed = numbers(work.flops) / device.peak.get(one.dtype, min(device.peak.values()))
-    moved = numbers(work.bytes) / device.bandwidth
-    sent = _sent(one.sends if direction == "forward" else one.sends_back, hardware, numbers)
-    return device.launch * calls + max(computed, moved) + sent
+def _order(
+    operations: tuple[Operation, ...], evaluator: Evaluator, training: bool
+) -> Iterator[tuple[int, str, int]]:
+    """(operation, direction, task): forward, the same backwards, and the optimizer last."""
+    last = [index for index, one in enumerate(operations) if one.kind == "optimizer"]
+    graph = sorted(set(range(len(operations))) - set(last))
+    yield from ((index, "forward", evaluator.forward[index]) for index in graph)
+    if training:
+        yield from ((index, "backward", evaluator.backward[index]) for index in reversed(graph))
+    yield from ((index, "forward", evaluator.forward[index]) for index in last)
 
 
-def _sent(sends: Sequence[Sending], hardware: Hardware, numbers: Numbers) -> float:
-    link = hardware.between or hardware.inside
-    return sum(numbers(s.messages) * link.latency + numbers(s.bytes) / link.bandwidth for s in sends)
+def _placed(step: Step, slot: Slot) -> Step:
+    return replace(step, begin=slot.begin, end=slot.end, cause=slot.cause)
