@@ -43,7 +43,7 @@ class ArrangeRanks(Pass):
         mesh = Mesh(data, parallel.tensor, parallel.node)
         layers: list[tuple[str, ExpertAxes]] = []
         for name, module in regions(program.graph, "moe").items():
-            axes, remarks = expert_axes(name, module, parallel, self.world)
+            axes, remarks = _axes(name, module, parallel, self.world)
             layers.append((name, axes))
             for remark in remarks:
                 program.ledger = program.ledger.note(remark)
@@ -75,13 +75,7 @@ def _divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
-def expert_axes(
-    name: str, module: fx.GraphModule, parallel: Parallel, world: int
-) -> tuple[ExpertAxes, list[str]]:
-    """How `parallel` arranges `world` ranks for the expert layer `name`, and what of it cannot be had.
-
-    Raises `PlanError` when the slices do not divide the hidden units. Reads `module`, changes nothing.
-    """
+def _axes(name: str, module: fx.GraphModule, parallel: Parallel, world: int) -> tuple[ExpertAxes, list[str]]:
     region, remarks = region_of(module), []
     assert region is not None
     experts, ways = region.settings["experts"], parallel.slice
@@ -90,14 +84,21 @@ def expert_axes(
         if reason:
             ways = 1
             remarks.append(f"{name}: slice = {parallel.slice} is not used: {reason}")
-    wanted = min(parallel.expert, experts, world // ways)
-    degree = max(d for d in range(1, wanted + 1) if math.gcd(experts, world // ways) % d == 0)
-    if degree < wanted:
-        used = f"{degree} {'rank' if degree == 1 else 'ranks'}"
+    axes, wanted = spread(experts, parallel.expert, ways, world), min(parallel.expert, experts, world // ways)
+    if axes.expert < wanted:
+        used = f"{axes.expert} {'rank' if axes.expert == 1 else 'ranks'}"
         remarks.append(
             f"{name}: its {experts} experts spread over {used}: {wanted} of {world // ways} would be uneven"
         )
-    return ExpertAxes(world // (degree * ways), degree, ways), remarks
+    return axes, remarks
+
+
+def spread(experts: int, most: int, ways: int, world: int) -> ExpertAxes:
+    """How a layer of `experts`, each cut into `ways` slices, spreads over `world` ranks: over as many of at
+    most `most` as divide both."""
+    wanted = min(most, experts, world // ways)
+    degree = max(d for d in range(1, wanted + 1) if math.gcd(experts, world // ways) % d == 0)
+    return ExpertAxes(world // (degree * ways), degree, ways)
 
 
 def _record_exchange(module: fx.GraphModule, mesh: Mesh, axes: ExpertAxes, parallel: Parallel) -> None:

@@ -43,7 +43,7 @@ class PlaceDense(Pass):
     def requires(self, program: Program) -> None:
         if program.layout is None:
             raise PassError(self.name, "a program without a mesh", "arrange_ranks before it")
-        ranks, heads = program.layout.mesh.tensor, _heads(program.graph)
+        ranks, heads = program.layout.mesh.tensor, num_heads(program.graph)
         if heads and ranks > heads:
             fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             found = f"tensor = {ranks} for {heads} attention heads"
@@ -67,6 +67,17 @@ class PlaceDense(Pass):
         return program
 
 
+def num_heads(root: fx.GraphModule) -> int:
+    """The largest number of heads of an attention, the most tensor ranks; 0 where there is none."""
+    cores = [
+        tensor(node.args[0])
+        for module in regions(root, "attention").values()
+        for node in module.graph.nodes
+        if is_call(node, aten.scaled_dot_product_attention.default, aten.softmax.int)
+    ]
+    return max((v.shape[-3] for v in cores if v is not None and isinstance(v.shape[-3], int)), default=0)
+
+
 def logits_split(program: Program) -> Split | None:
     """How the words of the logits lie on the ranks of a placed or partitioned program; None: whole."""
     layout = program.layout
@@ -85,17 +96,6 @@ def tensor_weights(layout: Layout) -> set[str]:
     """Structural names of the weights that are dealt out to tensor ranks."""
     placed = layout.placements.items()
     return {name for name, placement in placed if any(split.axis == TENSOR for split in placement.splits)}
-
-
-def _heads(root: fx.GraphModule) -> int:
-    """The largest number of heads of an attention, 0 where there is none."""
-    cores = [
-        tensor(node.args[0])
-        for module in regions(root, "attention").values()
-        for node in module.graph.nodes
-        if is_call(node, aten.scaled_dot_product_attention.default, aten.softmax.int)
-    ]
-    return max((v.shape[-3] for v in cores if v is not None and isinstance(v.shape[-3], int)), default=0)
 
 
 def _noted(ledger: Ledger, refused: dict[str, str]) -> Ledger:
