@@ -15,6 +15,7 @@ from torch import fx
 
 from moec.errors import DataError, PassError, PlanError, TrainError
 from moec.local_program import LocalProgram
+from moec.passes.block_names import weights_of
 from moec.passes.blocks import Block, blocks_of
 from moec.plan import Distill, Train
 from moec.plan.depth import kept_layers
@@ -148,17 +149,11 @@ def _width(exit_: fx.Node) -> int:
     return int(exit_.meta["val"].shape[-1])
 
 
-def _weights_of(program: Program, block: Block) -> list[str]:
-    """Structural names of the weights that a block reads."""
-    read = {str(n.target) for node in block.nodes for n in node.all_input_nodes if n.op == "get_attr"}
-    return [name for name in program.origins if name in read or name.split(".")[0] in block.regions]
-
-
 def _layers_by_name(teacher: Program, blocks: Sequence[Block]) -> dict[str, set[int]]:
     """The layers that read a weight, by what it is called in the teacher and in what that was made from."""
     found: dict[str, set[int]] = {}
     for block in blocks:
-        for name in _weights_of(teacher, block):
+        for name in weights_of(teacher, block):
             for called in (teacher.origins.public_name(name), teacher.origins[name].source):
                 found.setdefault(called or "", set()).add(block.index)
     return found
@@ -166,7 +161,7 @@ def _layers_by_name(teacher: Program, blocks: Sequence[Block]) -> dict[str, set[
 
 def _one_layer(student: Program, block: Block, known: dict[str, set[int]]) -> int | None:
     """The one layer of the teacher that all weights of a block come from, as far as they tell."""
-    names = [student.origins[name].teacher for name in _weights_of(student, block)]
+    names = [student.origins[name].teacher for name in weights_of(student, block)]
     told = [known[name] for name in names if name and name in known]
     common = set.intersection(*told) if told else set[int]()
     return common.pop() if len(common) == 1 else None

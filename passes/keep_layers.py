@@ -25,12 +25,14 @@ from moec.ir.graphs import drop_unused, output
 from moec.plan import Student
 from moec.plan.depth import kept_layers
 
-from .blocks import Block, ancestors, blocks_of, logits_of
+from .block_names import names_by_block
+from .blocks import Block, blocks_of
 from .collect_terms import collect_terms
 from .layer_names import LayerNames
 from .name_values import rename_regions, rename_root
 from .prove_layers import prove_layers
-from .renumber_layers import names_by_block, renumber_layers
+from .renumber_layers import renumber_layers
+from .residual_stream import ancestors, logits_of
 from .trim_positions import trim_positions
 
 STAGES = ("structured", "sparse")

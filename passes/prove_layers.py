@@ -17,8 +17,9 @@ from moec.ir.compare import EXACT, error_of, gradients_of, worst_gradient
 from moec.ir.graphs import named_weights
 from moec.plan import LayerSettings
 
-from .blocks import Block, blocks_of, logits_of
+from .blocks import Block, blocks_of
 from .by_hand import Pair
+from .residual_stream import logits_of
 
 
 def prove_layers(before: Program, after: Program, keep: Sequence[int]) -> list[Check]:

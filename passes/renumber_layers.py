@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, fx, nn
 
 from moec.errors import PassError
@@ -19,7 +20,6 @@ from moec.ir import Entry, Ledger, Origin, Origins, Program, Region, region_of, 
 from moec.ir.graphs import graph_modules, named_weights, place
 from moec.ir.outline import relative_names
 
-from .blocks import Block
 from .layer_names import LayerNames
 
 
@@ -51,26 +51,6 @@ def renumber_layers(program: Program, names: LayerNames, dropped: Sequence[int])
     program.source = replace(
         program.source, aliases=_aliases(program, numbering), unused=_unused(program, names)
     )
-
-
-def names_by_block(program: Program, blocks: Sequence[Block]) -> list[set[str]]:
-    """For each block, the user's names of the weights that it alone reads, and the paths of its modules."""
-    read = [_weights_of(program, block) for block in blocks]
-    shared = {name for name in set().union(*read) if sum(name in own for own in read) > 1}
-    return [own - shared | _paths_of(program, block) for own, block in zip(read, blocks, strict=True)]
-
-
-def _weights_of(program: Program, block: Block) -> set[str]:
-    targets = {str(n.target) for node in block.nodes for n in node.all_input_nodes if n.op == "get_attr"}
-    inside = [name for name in program.origins if name.split(".")[0] in block.regions]
-    sources = (program.origins[name].source for name in [*targets, *inside] if name in program.origins)
-    return {source for source in sources if source}
-
-
-def _paths_of(program: Program, block: Block) -> set[str]:
-    paths = {str(node.meta.get("path") or "") for node in block.nodes}
-    found = (region_of(program.graph.get_submodule(name)) for name in block.regions)
-    return {path for path in paths | {region.path for region in found if region is not None} if path}
 
 
 # what is called how
@@ -194,9 +174,11 @@ def _ledger(program: Program, numbering: Numbering, dropped: Sequence[int]) -> L
 
 def _places(program: Program, numbering: Numbering) -> dict[str, int]:
     """The user's new names of weights → the place in the program, still with its old names, of the first call
-    that reads them."""
+    that multiplies with them."""
     calls: dict[str, int] = {}
     for number, node in enumerate(program.graph.graph.nodes):
+        if node.target is torch.ops.aten.embedding.default:
+            continue  # no product: the row of a head that is tied to it stands where the head is
         read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
         called = [str(node.target)] if node.op == "call_module" else []
         for target in [*read, *called]:

@@ -96,9 +96,10 @@ def test_a_cut_is_the_model_built_shallow_many_times(case: tuple[DecoderRecipe, 
     _is_the_shallow_model(*case)
 
 
-def test_rows_of_shared_weights_stand_where_they_are_first_read() -> None:
-    """The head is read last, wherever the graph fetches it; the rows of the first layer come before it."""
-    _is_the_shallow_model(replace(TINY, num_layers=2, share="ffn"), (1,))
+@pytest.mark.parametrize("tied", ["no", "module"])
+def test_rows_of_shared_weights_stand_where_they_are_first_read(tied: str) -> None:
+    """The head multiplies last, wherever the graph fetches it, and whatever else reads it."""
+    _is_the_shallow_model(replace(TINY, num_layers=2, share="ffn", tied=tied), (1,))
 
 
 @pytest.mark.parametrize("residual", ["", "none", "sum", "learned"])
