@@ -17,14 +17,19 @@ from moec.commands.options import (
     Batch,
     Data,
     Disable,
+    HardwareName,
     Json,
     LearningRate,
     Lessons,
     MaxRestarts,
     Meta,
     Model,
+    Past,
+    PhaseName,
     PlanName,
+    RankBatch,
     Ranks,
+    RankSequence,
     Resume,
     RunFolder,
     Saved,
@@ -38,6 +43,7 @@ from moec.commands.options import (
     Temperature,
     Tokenizer,
     Trust,
+    World,
 )
 
 EPILOG = (
@@ -149,6 +155,34 @@ def diff(
     from moec.commands.read import diff_program
 
     diff_program(model, before, after, plan, meta, trust)
+
+
+@app.command()
+def cost(
+    model: Saved,
+    plan: PlanName = None,
+    phase: PhaseName = "training",
+    by: Annotated[str, typer.Option(help="kind, layer, region, operator or axis.")] = "kind",
+    batch: RankBatch = None,
+    sequence: RankSequence = None,
+    past: Past = None,
+    ranks: World = None,
+    hardware: HardwareName = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX table and nothing else.")] = False,
+) -> None:
+    """Say what a program costs one rank: FLOPs, bytes, kernels, what it sends; with --hardware, seconds.
+
+    Nothing runs and nothing is allocated. Without sizes the amounts are formulas.
+
+    moec cost examples/gpt.py:small --plan pr_moe --batch 8 --sequence 64 --hardware a100x8
+    """
+    from moec.commands.cost import show_cost
+    from moec.commands.foreseen import Asked
+
+    asked = Asked(phase, batch, sequence, past, ranks, hardware)
+    show_cost(model, plan, asked, by, trust=trust, as_json=as_json, as_latex=as_latex)
 
 
 @app.command()

@@ -61,6 +61,24 @@ MaxRestarts = Annotated[
     int, typer.Option(min=0, help="With --nproc: how often to start again when a rank is lost.")
 ]
 
+# of the commands that foresee costs
+
+PhaseName = Annotated[
+    str, typer.Option("--phase", help="A training step, a forward run, or a step of decode: their names.")
+]
+RankBatch = Annotated[int | None, typer.Option("--batch", min=1, help="B: sequences of one rank.")]
+RankSequence = Annotated[int | None, typer.Option("--sequence", min=1, help="S: tokens of a sequence.")]
+Past = Annotated[
+    int | None, typer.Option("--past", min=1, help="L: positions that the cache has, for decode.")
+]
+World = Annotated[
+    int | None, typer.Option("--ranks", metavar="N", min=1, help="Ranks; left out: as the plan says.")
+]
+HardwareName = Annotated[
+    str | None,
+    typer.Option("--hardware", metavar="FILE|NAME", help="A TOML file, or a shipped one: a100x8."),
+]
+
 # of a distillation
 
 Teacher = Annotated[

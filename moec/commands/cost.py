@@ -1,0 +1,66 @@
+"""`moec cost`: what a program costs one rank, in letters or in numbers, and how long it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.commands.foreseen import Asked, program_on_meta
+from moec.commands.screen import show, show_heading, show_json
+from moec.cost.cost import Cost
+from moec.cost.prediction import Prediction
+from moec.cost.spelling import short
+from moec.cost.summary import BY
+from moec.cost.table import Table
+from moec.errors import CostError, nearest
+
+
+def show_cost(
+    model: str, plan: str | None, asked: Asked, by: str, *, trust: bool, as_json: bool, as_latex: bool
+) -> None:
+    """Print the tables; mistakes in words come before the model is read."""
+    if by not in BY:
+        raise CostError("--by", f"'{by}'", f"one of {', '.join(BY)}", nearest(by, BY))
+    letters, phase = asked.letters, asked.checked_phase
+    asked.opened_hardware()
+    cost = program_on_meta(model, plan, asked.ranks, trust=trust).cost(phase)
+    table, prediction = cost.table(by, **letters), asked.predicted(cost)
+    if as_json:
+        show_json(_plain(cost, table, letters, prediction, by))
+    elif as_latex:
+        show(table.latex())
+        if prediction is not None:
+            show(prediction.table(by).latex())
+    else:
+        _show(cost, table, letters, prediction, by)
+
+
+def _show(cost: Cost, table: Table, letters: dict[str, int], prediction: Prediction | None, by: str) -> None:
+    sizes = ", ".join(f"{name} = {number:,}" for name, number in letters.items())
+    show_heading(f"{cost.about}; {sizes}" if sizes else cost.about)
+    show("", str(table))
+    if prediction is not None:
+        show("")
+        show_heading(f"{short(prediction.seconds, 's')} on {prediction.hardware.device.name}")
+        show("", str(prediction.table(by)))
+
+
+def _plain(
+    cost: Cost, table: Table, letters: dict[str, int], prediction: Prediction | None, by: str
+) -> dict[str, Any]:
+    """The same as data."""
+    found: dict[str, Any] = {
+        "phase": cost.phase,
+        "ranks": cost.mesh.world,
+        "axes": cost.mesh.axes(),
+        "letters": letters,
+        "by": by,
+        "rows": table.data(),
+    }
+    if prediction is not None:
+        found["time"] = {
+            "device": prediction.hardware.device.name,
+            "seconds": prediction.seconds,
+            "exposed": prediction.exposed,
+            "by": prediction.by(by),
+        }
+    return found
