@@ -9,6 +9,7 @@ from moec import ir
 from moec.errors import DataError
 from moec.ir import regions
 from moec.ir.inputs import Input, factors
+from moec.ir.stand_in import on_meta, with_stand_ins, without_stand_ins
 from moec.passes.pipeline import cached, fused_decoder
 from moec.passes.runner import Runner
 from moec.runtime.generation.cache import Cache, Slot
@@ -31,8 +32,7 @@ class Decoder:
         self.vocabulary = program.source.vocabulary
         self.max_positions: int = length
         self.packed = packed
-        self.program = Runner(verify=verify).run(program.fork(), cached(length))
-        self.program.eval()
+        self.program = _derived(program, length, verify).eval()
         self.fused = Runner(verify="off").run(self.program.fork(), fused_decoder(packed)).eval()
         self.state = weights_state(program)  # as it is now: joining products moved some weights
         graph = self.program.graph
@@ -57,6 +57,13 @@ class Decoder:
             views = cache.views(tokens_Bn.shape[0], length)
             logits: Tensor = self.fused.graph(tokens_Bn, past_B, wanted_Bm, *views)
         return logits.clone()  # an ordinary tensor again, which anyone may change
+
+
+def _derived(program: ir.Program, length: int, verify: str) -> ir.Program:
+    """The program that remembers; one on `meta` stays there, and nothing can be proved of it."""
+    if not on_meta(program):
+        return Runner(verify=verify).run(program.fork(), cached(length))
+    return without_stand_ins(Runner(verify="off").run(with_stand_ins(program.fork()), cached(length)))
 
 
 def decoder_of(

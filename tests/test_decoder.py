@@ -192,3 +192,21 @@ def test_more_positions_than_the_model_has() -> None:
         program.decoder(65)
     with pytest.raises(DataError, match="at most 16"):
         Decoder(program, 16).new_cache(1, 17)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+def test_a_program_without_numbers_has_a_decoder_of_the_same_text(family: str) -> None:
+    """What a program on meta costs to decode can be read off it: learned positions, rotary, ALiBi."""
+    plan = {"moe": EXPERTS}
+    decoder = moec.compile(FAMILIES[family](), plan=plan, verify="off").decoder(LENGTH)
+    with torch.device("meta"):
+        model = FAMILIES[family]()
+    hollow = moec.compile(model, plan=plan, verify="off").decoder(LENGTH)
+    assert words(hollow.program).replace('device="meta"', 'device="cpu"') == words(decoder.program)
+    weights = [*hollow.fused.parameters(), *hollow.fused.buffers(), *hollow.program.buffers()]
+    assert {value.device.type for value in weights} == {"meta"}
+
+
+def words(program: object) -> str:
+    """A program's text without its columns."""
+    return " ".join(str(program).split())
