@@ -1,9 +1,9 @@
 """Measured times: what `moec calibrate` found out about the operators of one device.
 
 A product of matrices is looked up by its shape in a `Grid`, any other operator by the bytes it moves on a
-`Line`; so is what an operator does beside its products. Between what was measured, times are linear in every size, which is what a start plus so many
-operations and bytes is; beyond it they grow as fast as the sizes. So nothing is negative, and no more work
-takes less time.
+`Line`; so is what an operator does beside its products. Between what was measured, times are linear in every
+size, which is what a start plus so many operations and bytes is; beyond it they grow as fast as the sizes. So
+nothing is negative, and no more work takes less time.
 
 Products were measured twice: *near*, on operands that the caches still hold, and *far*, on ones that come
 from memory. How much of a program comes from memory follows from the bytes of all that one run of it touches.
@@ -178,17 +178,17 @@ class Measured(Section):
 def beside_products(work: Work, operator: str, direction: Direction) -> float:
     """The bytes by which the time beside the products of a call is told.
 
-    Of a linear layer it is the gradient of the bias; of experts, rows that are gathered and passed through
-    the formula; of all others, whatever is read and written.
+    Of a linear layer it is its result, or in backward the gradient of its bias; of experts, rows that are
+    gathered and passed through the formula; of all others, whatever is read and written.
     """
     if operator not in GRIDS or not work.products:
         return float(work.bytes)
-    if operator in ("moec::grouped_linear", "moec::moe_ffn"):
-        rows = [one for one in work.products if one.along == "m"]
-        return 4.0 * sum(float(one.m) * float(one.n) for one in rows)
-    biased = direction == "backward" and float(work.calls) > len(work.products)
-    weight = work.products[-1]
-    return 4.0 * float(weight.m) * float(weight.k) if biased else 0.0
+    if direction == "backward" and operator not in ("moec::grouped_linear", "moec::moe_ffn"):
+        weight = work.products[-1]
+        biased = float(work.calls) > len(work.products)
+        return 4.0 * float(weight.m) * float(weight.k) if biased else 0.0
+    rows = [one for one in work.products if one.along == "m"]
+    return 4.0 * sum(float(one.m) * float(one.n) for one in rows)
 
 
 def interpolate(axes: Sequence[Sequence[float]], times: Sequence[float], at: Sequence[float]) -> float:

@@ -40,7 +40,8 @@ class Time:
 
 class Prices:
     """What tasks take. `times`: of every task of `evaluator`; `works`: their amounts in numbers;
-    `unmeasured`: operators that a calibrated device does not know."""
+    `unmeasured`: operators that a calibrated device does not know; `working`: bytes that one run touches in
+    turn."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Prices:
         self._amounts = evaluator({**letters, **mesh.numbers})
         self.works = [numbered(task, self._amounts) for task in evaluator.tasks]
         self.unmeasured: set[str] = set()
-        self._working = self._touched(evaluator)
+        self.working = self._touched(evaluator)
         self.times = [self._time(place, task) for place, task in enumerate(evaluator.tasks)]
 
     def _time(self, place: int, task: Task) -> Time:
@@ -85,7 +86,7 @@ class Prices:
             return 0.0
         if work.calls and device.measured is not None and not known:
             self.unmeasured.add(task.operator)
-        return device.seconds(work, operation, direction, self._working)
+        return device.seconds(work, operation, direction, self.working)
 
     def _direction(self, task: Task) -> Direction:
         if not self._training:

@@ -56,6 +56,13 @@ def cat(call: Call) -> Price:
     return Price(Work((), call.bytes("tensors"), call.result_bytes()))
 
 
+def pieces(call: Call) -> Price:
+    """Views of one value; backward puts their gradients together again."""
+    wanted = call.needs_grad("self") if "self" in call.operands else call.needs_grad("input")
+    given = call.bytes("self" if "self" in call.operands else "input")
+    return Price(NOTHING, Work((), call.result_bytes(), given) if wanted else NOTHING)
+
+
 def nothing(call: Call) -> Price:
     """A number or a mark: nothing is computed."""
     return Price(NOTHING)
@@ -72,6 +79,7 @@ ATEN: dict[str, Formula] = {
     "aten::sum": summed,
     "aten::mean": summed,
     "aten::sym_size": nothing,
+    **{f"aten::{name}": pieces for name in ["chunk", "split", "split_with_sizes", "slice", "select"]},
     **{
         f"aten::{name}": filled
         for name in ["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros"]
