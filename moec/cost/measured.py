@@ -147,7 +147,7 @@ class Measured(Section):
         """
         line = self.operators[operator][direction]
         if operator == ATTENTION:
-            return self._attention(work, direction, far) + line.at(0.0)
+            return self.attention_seconds(work, direction, far) + line.at(0.0)
         products = self.products_seconds(work, operator, direction, far)
         return products + line.at(beside_products(work, operator, direction))
 
@@ -167,7 +167,8 @@ class Measured(Section):
             found += groups * grid.seconds(m, n, k, far)
         return found
 
-    def _attention(self, work: Work, direction: Direction, far: float) -> float:
+    def attention_seconds(self, work: Work, direction: Direction, far: float) -> float:
+        """Of the scores and sums of one call of attention alone."""
         scores = work.products[0]
         heads = max(float(scores.groups), 1.0)
         length = float(scores.m) / heads

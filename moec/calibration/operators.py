@@ -1,0 +1,134 @@
+"""What every operator of the reference programs takes beside its products, by the bytes it moves."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.cost.cost import Cost
+from moec.cost.measured import ATTENTION, Direction, Line, Measured, beside_products
+from moec.cost.numbers import numbered
+from moec.objective import task_loss
+from moec.program import Program
+from moec.runtime.ops.work import Work
+
+from .clock import Stopwatch
+from .references import Shape
+from .watched import Times, WatchedRun
+
+_FIRST = 2  # runs that are not counted: the first ones find nothing where it will be
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One operator seen once: its work in numbers, the bytes that the run touches, the seconds it took."""
+
+    operator: str
+    direction: Direction
+    work: Work
+    working: float
+    seconds: float
+
+
+@dataclass
+class Sights:
+    """All that was seen of the operators of programs."""
+
+    watch: Stopwatch
+    runs: int = 6
+    seen: list[Sight] = field(default_factory=list)
+
+    def look_at(self, program: Program, shape: Shape) -> None:
+        """Train, run and decode `program`, which is left as it was but for its gradients."""
+        tokens = torch.randint(0, shape.vocabulary, (shape.batch, shape.sequence))
+        letters = {"B": shape.batch, "S": shape.sequence}
+        for backend in ("eager", "fused"):
+            ready = program if backend == "eager" else program.fused(verify="off")
+            self._train(ready.train(), tokens, letters)
+            self._run(ready.eval(), tokens, letters)
+        self._decode(program.eval(), shape)
+
+    def _train(self, program: Program, tokens: Tensor, letters: Mapping[str, int]) -> None:
+        watched = WatchedRun(program.graph, self.watch.now)
+        for _ in range(_FIRST + self.runs):
+            out = watched.run(tokens)
+            logits, terms = out if isinstance(out, tuple) else (out, {})
+            loss = task_loss(logits, tokens) + terms.get("balance", 0.0) + terms.get("z", 0.0)
+            watched.run_backward(loss)
+            program.graph.zero_grad()
+        cost = program.cost("training")
+        self._note(cost, letters, "forward", watched.forward)
+        self._note(cost, letters, "backward", watched.backward)
+
+    @torch.no_grad()
+    def _run(self, program: Program, tokens: Tensor, letters: Mapping[str, int]) -> None:
+        self._watch(program.graph, program.cost("forward"), letters, (tokens,))
+
+    @torch.inference_mode()
+    def _decode(self, program: Program, shape: Shape) -> None:
+        decoder, cost = program.decoder(), program.cost("decode")
+        rows, length = shape.batch, shape.past
+        cache = decoder.new_cache(rows, length)
+        past = torch.full((rows,), length - 1)
+        given = (torch.zeros(rows, 1, dtype=torch.int64), past, torch.zeros(rows, 1, dtype=torch.int64))
+        letters = {"B": rows, "n": 1, "m": 1, "L": length}
+        self._watch(decoder.fused.graph, cost, letters, (*given, *cache.views(rows, length)))
+
+    def _watch(self, graph: Any, cost: Cost, letters: Mapping[str, int], given: Sequence[Any]) -> None:
+        watched = WatchedRun(graph, self.watch.now)
+        for _ in range(_FIRST + self.runs):
+            watched.run(*given)
+        self._note(cost, letters, "inference", watched.forward)
+
+    def _note(self, cost: Cost, letters: Mapping[str, int], direction: Direction, times: Times) -> None:
+        evaluator = cost.evaluator
+        amounts = evaluator(letters)
+        places = evaluator.backward if direction == "backward" else evaluator.forward
+        works = {
+            one.name: (one.operator, numbered(evaluator.tasks[place], amounts))
+            for one, place in zip(cost.operations, places, strict=True)
+        }
+        weights = sum(amounts[evaluator.tasks[place].weights] for place in evaluator.forward)
+        working = float(weights + sum(float(work.written) for _, work in works.values()))
+        for name, seconds in times.items():
+            if name in works:
+                operator, work = works[name]
+                typical = statistics.median_low(sorted(seconds[_FIRST:])[: self.runs // 2 + 1])
+                self.seen.append(Sight(operator, direction, work, working, typical))
+
+
+def lines(seen: Sequence[Sight], measured: Measured) -> dict[str, dict[str, Line]]:
+    """For every operator and direction the line of what it took beside its products."""
+    points: dict[tuple[str, Direction], list[tuple[float, float]]] = defaultdict(list)
+    for sight in seen:
+        far = measured.far_share(sight.working)
+        if sight.operator == ATTENTION:
+            known, amount = measured.attention_seconds(sight.work, sight.direction, far), 0.0
+        else:
+            known = measured.products_seconds(sight.work, sight.operator, sight.direction, far)
+            amount = beside_products(sight.work, sight.operator, sight.direction)
+        points[sight.operator, sight.direction].append((amount, sight.seconds - known))
+    found: dict[str, dict[str, Line]] = defaultdict(dict)
+    for (operator, direction), here in sorted(points.items()):
+        found[operator][direction] = line_through(here)
+    return dict(found)
+
+
+def line_through(points: Sequence[tuple[float, float]]) -> Line:
+    """A line through the medians of points (bytes, seconds) of about as many bytes; never below zero."""
+    by_size: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for amount, seconds in points:
+        by_size[int(amount).bit_length()].append((amount, seconds))
+    knots = [_middle(by_size[size]) for size in sorted(by_size)]
+    return Line(bytes=[knot[0] for knot in knots], seconds=[max(knot[1], 0.0) for knot in knots])
+
+
+def _middle(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    amounts, times = zip(*points, strict=True)
+    return statistics.median(amounts), statistics.median(times)
