@@ -3,8 +3,8 @@
     with FlopCounterMode(custom_mapping=flop_formulas()) as counter:
         program.loss(tokens).backward()
 
-Torch counts its attention kernels of every device but the CPU's. Nothing of torch's own is changed: the mapping
-is this counter's alone.
+Torch counts its attention kernels of every device but the CPU's. Nothing of torch's own is changed: the
+mapping is this counter's alone.
 """
 
 from __future__ import annotations

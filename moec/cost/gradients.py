@@ -1,7 +1,7 @@
 """What runs backward, and what is kept for it: the part of a walk that follows autograd.
 
-Backward runs through the operations that the results of a graph come of, along values that need gradients. What
-autograd keeps for them is in memory once, however many operations and views name it.
+Backward runs through the operations that the results of a graph come of, along values that need gradients.
+What autograd keeps for them is in memory once, however many operations and views name it.
 """
 
 from __future__ import annotations

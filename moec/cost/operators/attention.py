@@ -24,7 +24,7 @@ _MATH = 0  # torch.nn.attention.SDPBackend.MATH
 
 
 def attention(call: GraphCall) -> Price:
-    """Scores and values over all pairs; `flash` backward computes the scores again and gives all gradients."""
+    """Scores and values over all pairs; `flash` backward computes the scores again."""
     products = _Products(call)
     operands = call.bytes("query") + call.bytes("key") + call.bytes("value")
     read, out = operands + call.bytes("attn_mask"), call.result_bytes()
