@@ -1,9 +1,9 @@
-"""Plain PyTorch, priced operator by operator as an eager host starts it: nothing runs, all tensors are on `meta`.
+"""Plain PyTorch, priced operator by operator as an eager host starts it. Nothing runs: tensors are on `meta`.
 
-    trace = EagerTrace("moe_1", 1)
-    with trace:
-        layer(x)
-    trace.operations                # one `Operation` for every call below autograd
+trace = EagerTrace("moe_1", 1)
+with trace:
+    layer(x)
+trace.operations                # one `Operation` for every call below autograd
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_leaves
 from moec.cost import Operation, Sending
 from moec.cost.kinds import kind_of
 from moec.runtime.ops.work import Product, Work
+
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+_FREE = ("aten::empty", "aten::empty_strided", "aten::_unsafe_view")
 
 
 class EagerTrace(TorchDispatchMode):
@@ -54,7 +57,7 @@ class EagerTrace(TorchDispatchMode):
         name = func._schema.name
         dtype = str(next((o.dtype for o in operands if o.is_floating_point()), torch.int64))
         work, weights = Work(calls=0), 0
-        if not _is_view(func) and name not in ("aten::empty", "aten::empty_strided"):
+        if not _is_view(func) and name not in _FREE:
             read, written = (sum(map(_bytes, values)) for values in (operands, results))
             work = Work(_products(name, operands), read, written)
             weights = sum(_bytes(operand) for operand in operands if self._is_weight(operand))
@@ -85,7 +88,9 @@ class EagerTrace(TorchDispatchMode):
 
 
 def _kind(name: str) -> str:
-    return "product" if name.partition("::")[2] in ("mm", "addmm", "bmm", "baddbmm") else kind_of(name, "")
+    if name in _PRODUCTS:
+        return "product"
+    return kind_of(name.replace("native_", ""), "")
 
 
 def _is_view(func: OpOverload) -> bool:
@@ -102,7 +107,7 @@ def _bytes(value: Tensor) -> int:
 
 def _products(name: str, operands: list[Tensor]) -> tuple[Product, ...]:
     """The matrix product of a call: the last two operands, behind one that is added."""
-    if name not in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+    if name not in _PRODUCTS:
         return ()
     left, right = operands[-2:]
     groups = left.shape[0] if left.ndim == 3 else 1

@@ -2,12 +2,12 @@
 
 What it does is what the paper says of it (section 5.4) and what was the custom of its day: attention in five
 steps over a cache that is concatenated anew for every token; gates that make masks of tokens × experts, a
-table of tokens × experts × slots, two sparse einsums with it; an exchange of all slots of all experts, empty or
-not, among all ranks; then the local experts one after the other, on all slots that arrived. Every number is
-read off the shapes of that code (`eager_trace.py`); none is fitted.
+table of tokens × experts × slots, two sparse einsums with it; an exchange of all slots of all experts, empty
+or not, among all ranks; then the local experts one after the other, on all slots that arrived. Every number
+is read off the shapes of that code (`eager_trace.py`); none is fitted.
 
-Legend: T tokens of one tensor group, D model, F hidden, E experts, C slots of an expert, R ranks of the expert
-axis, B rows, H heads of this rank, L positions with the new one, d a head's width.
+Legend: T tokens of one tensor group, D model, F hidden, E experts, C slots of an expert, R ranks of the
+expert axis, B rows, H heads of this rank, L positions with the new one, d a head's width.
 """
 
 from __future__ import annotations
@@ -120,10 +120,9 @@ def expert_operations(sizes: Sizes, layer: int) -> list[Operation]:
     _exchange(trace, sizes, slots_ECD)
     with trace:
         arrived = slots_ECD.view(R, E // R, capacity, D)
-        outs = [
-            F.linear(F.gelu(F.linear(part, up, up_bias)), down, shift) for part in arrived.chunk(E // R, 1)
-        ]
-        out_ECD = torch.cat(outs, 1)
+        parts = [part.reshape(-1, D) for part in arrived.unbind(1)]
+        outs = [F.linear(F.gelu(F.linear(part, up, up_bias)), down, shift) for part in parts]
+        out_ECD = torch.cat(outs, 0)
     _exchange(trace, sizes, out_ECD)
     with trace:
         x_TD + torch.einsum("tec,ecd->td", table_TEC.half(), out_ECD.view(E, capacity, D))

@@ -49,11 +49,12 @@ class Served:
 
     def pyramid(self) -> Served:
         """The PR-MoE of the same quality: half the experts, but for the last two layers."""
-        return replace(self, name=self.name.replace("MoE", "PR-MoE"), experts=self.experts // 2, residual=True)
+        name = self.name.replace("MoE", "PR-MoE")
+        return replace(self, name=name, experts=self.experts // 2, residual=True, total="")
 
     def student(self) -> Served:
         """The student of a PR-MoE: 21 layers for every 24."""
-        return replace(self, name=f"{self.name}+MoS", layers=self.layers * 21 // 24)
+        return replace(self, name=f"{self.name}+MoS", layers=self.layers * 21 // 24, total="")
 
 
 _ALL = (
@@ -85,9 +86,12 @@ class Place:
 
     @classmethod
     def of(cls, served: Served, world: int, exchange: str = "flat") -> Place:
-        """As the paper has it: as many ranks as there are experts, or all; what is left slices experts."""
-        expert = min(world, served.experts) if served.experts else 1
-        return cls(world, expert, world // expert if served.experts else 1, exchange)
+        """As the paper has it: as many ranks as the largest layer has experts, or all; what is left slices
+        experts. A layer with fewer experts has them on as many ranks as it has, several times over."""
+        if not served.experts:
+            return cls(world)
+        expert = min(world, max(served.experts, served.last_two))
+        return cls(world, expert, world // expert, exchange)
 
 
 def dense(served: Served, layers: int) -> GPT:
