@@ -4,33 +4,53 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import sympy
+
 from moec import ir
 from moec.cost.cost import Cost
-from moec.cost.read import read_operations
+from moec.cost.phases import TrainingStep, head_of, inference_operations, training_operations
+from moec.cost.read import read_graph
+from moec.cost.routing import Routing
+from moec.cost.weights import Weights
 from moec.decoder import DEFAULT_LENGTH
 from moec.errors import PassError
+from moec.passes.place_dense import logits_split
+from moec.plan import Train
 from moec.program import Program
 
 Phase = Literal["training", "forward", "decode"]
 
 
-def cost_of(program: Program, phase: Phase = "training") -> Cost:
+def cost_of(
+    program: Program,
+    phase: Phase = "training",
+    routing: Routing | None = None,
+    *,
+    train: Train | None = None,
+    rank: int = 0,
+) -> Cost:
     """See `Program.cost`."""
     if phase not in get_args(Phase):
         raise PassError("program.cost", f"phase {phase!r}", ", ".join(get_args(Phase)))
-    read = graph_of(program, phase)
-    operations = read_operations(read.graph, read.layout, training=phase == "training")
-    return Cost(operations, phase, read.layout.mesh if read.layout else Cost.mesh)
-
-
-def graph_of(program: Program, phase: Phase) -> ir.Program:
-    """The program of one rank that is read for `phase`: what its backend runs, or its derived decoder."""
     whole = program
     if program.layout is not None and program.rank is None:
-        whole = program.partition(0)
+        whole = program.partition(rank)
+    rank, read = whole.rank or 0, graph_of(whole, phase)
+    training = phase == "training"
+    reading = read_graph(read.graph, read.layout, training=training, routing=routing, rank=rank)
+    head, weights = head_of(reading, logits_split(whole)), Weights.of(read, rank)
+    mesh, cache = weights.mesh, sympy.Add(*(value.bytes for value in reading.inputs[3:]))
+    if not training:
+        return Cost(inference_operations(reading, head), phase, mesh, weights, cache=cache)
+    step = TrainingStep.of(train or (program.plan.train if program.plan is not None else Train()))
+    return Cost(training_operations(reading, head, weights, step), phase, mesh, weights, step)
+
+
+def graph_of(whole: Program, phase: Phase) -> ir.Program:
+    """What `whole`, the program of one process or one rank, runs in `phase`."""
     if phase == "decode":
-        length = program.source.max_positions or DEFAULT_LENGTH
+        length = whole.source.max_positions or DEFAULT_LENGTH
         return whole._decoder_class()(whole, length, verify="off").fused
-    if program.backend == "fused" and whole.stage != "fused":
+    if whole.backend == "fused" and whole.stage != "fused":
         return whole.fused(verify="off")
     return whole

@@ -18,10 +18,11 @@ from moec.ir import region_of, regions
 from moec.ir.results import tapped_layers
 from moec.ir.retarget import on_device
 from moec.objective import Objective
-from moec.plan import LayerSettings, Plan
+from moec.plan import LayerSettings, Plan, Train
 
 if TYPE_CHECKING:
     from moec.cost.cost import Cost
+    from moec.cost.routing import Routing
     from moec.decoder import Decoder
     from moec.foresight import Phase
     from moec.local_program import LocalProgram
@@ -206,15 +207,25 @@ class Program(Objective):
         executed = self._fused[0] if self.backend == "fused" and self.executed else self
         return str(explain(executed, about))
 
-    def cost(self, phase: Phase = "training") -> Cost:
+    def cost(
+        self,
+        phase: Phase = "training",
+        routing: Routing | None = None,
+        *,
+        train: Train | None = None,
+        rank: int = 0,
+    ) -> Cost:
         """What this program costs one rank, operator by operator, as expressions in batch, sequence and axes.
 
-        `phase`: a `training` step, a `forward` run, or one step of the `decode`r. Nothing runs; a placed
-        program is partitioned on `meta`. See `moec.cost.Cost`.
+        `phase`: a `training` step, a `forward` run, or one step of the `decode`r. `routing`: how tokens are
+        dealt out to experts (left out: evenly). `train`: how a step is taken (left out: as the plan says).
+        `rank`: of a placed program, whose cost it is; the first holds as much as any other. Nothing runs; a
+        placed program is partitioned on `meta`. See `moec.cost.Cost`. Raises `CostError` for a routing that
+        does not fit.
         """
         from moec.foresight import cost_of
 
-        return cost_of(self, phase)
+        return cost_of(self, phase, routing, train=train, rank=rank)
 
     def save(self, directory: str | Path) -> Path:
         """Write text, manifest and weights; `moec.load` reads them. Atomic; nothing executable is pickled.

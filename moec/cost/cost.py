@@ -18,17 +18,22 @@ import sympy
 
 from moec.errors import CostError, nearest
 from moec.ir.mesh import Mesh
+from moec.runtime.ops.sent import Kind, Sent, Traffic
 
 from . import summary
 from .crossover import Crossover, crossover
 from .hardware import Hardware
 from .lambdified import Numbers, lambdified
+from .memory import Memory, memory_of
 from .numbers import Evaluator
 from .operation import Operation
+from .phases import ONE_PART, TrainingStep
 from .spelling import latex
 from .symbols import symbol
 from .table import Table
 from .time_expression import seconds_expression
+from .traffic import counted_traffic_of, traffic_of
+from .weights import Weights
 
 AMOUNTS = ("flops", "forward_flops", "backward_flops", "bytes", "calls", "sent", "messages", "intensity")
 
@@ -37,7 +42,8 @@ AMOUNTS = ("flops", "forward_flops", "backward_flops", "bytes", "calls", "sent",
 class Cost:
     """The operations of one rank of a program, and the axes they were read with.
 
-    `phase`: `training` (forward and backward), `forward`, or `decode` (one step of the derived decoder).
+    `phase`: `training` (a whole step, taken as `step` says), `forward`, or `decode` (one step of the derived
+    decoder).
     `axes`: letter of each axis → its ranks in this program. Amounts are expressions in the letters of
     `moec.cost.symbols`; those of axes are in them until `here` or `at` puts numbers there.
     """
@@ -45,11 +51,34 @@ class Cost:
     operations: tuple[Operation, ...]
     phase: str
     mesh: Mesh = field(default=Mesh())
+    weights: Weights | None = None
+    step: TrainingStep = ONE_PART
+    cache: Any = 0
 
     @property
     def axes(self) -> dict[sympy.Symbol, int]:
         """The letters of the axes and the numbers of ranks they have here."""
         return {symbol(axis): ranks for axis, ranks in self.mesh.axes().items()}
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What lies in the memory of this rank; raises `CostError` where nothing is known of the weights."""
+        if self.weights is None:
+            raise CostError("Cost.memory", "operations alone", "the cost of a program: program.cost()")
+        return memory_of(self.operations, self.weights, self.cache, training=self.phase == "training")
+
+    @cached_property
+    def traffic(self) -> dict[Kind, Sent]:
+        """What this rank sends in one step, by direction, axis and operator."""
+        return traffic_of(self.operations, self.step.accumulate)
+
+    def counted_traffic(self, **letters: int) -> Traffic:
+        """`traffic` in whole numbers, to the byte: what `count_traffic` would count of one step.
+
+        Raises `CostError` for a letter without a number.
+        """
+        given = self.axes | {symbol(name): number for name, number in letters.items()}
+        return counted_traffic_of(self.operations, self.step.accumulate, given)
 
     @cached_property
     def forward_flops(self) -> sympy.Expr:
@@ -111,6 +140,13 @@ class Cost:
                 "Cost", f"amount {name!r}", f"one of {', '.join(AMOUNTS)}", nearest(name, AMOUNTS)
             )
         return sympy.sympify(getattr(self, name))
+
+    def at(self, amount: Any, **letters: int) -> Any:
+        """An amount (a name of `AMOUNTS`, or an expression) with these numbers in it, and axes as here.
+
+        A number where no letter is left. Raises `CostError` for a letter that costs do not use.
+        """
+        return summary.filler(self, letters)(self.amount(amount))
 
     def table(self, by: str = "kind", **letters: int) -> Table:
         """The operations added up by `kind`, `layer`, `region`, `operator`, or what is sent by `axis`.

@@ -30,8 +30,9 @@ class Operation:
     number of that, None outside of layers; `operator`: `aten::linear`; `kind`: one of `KINDS`;
     `dtype`: what it computes in (`bfloat16`).
     `sends`, `sends_back`: forward and backward. `saved`: bytes kept for backward that no other operator
-    keeps. `weights`: bytes of parameters among what is read. `after`: the operations whose results it reads,
-    by their index in `Cost.operations`. `started`: for the end of a collective, the index of its beginning.
+    keeps; `again`: those kept from a second computation of its region, right before the gradient. `weights`:
+    bytes of parameters among what is read. `after`: the operations whose results it reads, by their index in
+    `Cost.operations`. `started`: for the end of a collective, the index of its beginning.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Operation:
     weights: Amount = 0
     after: tuple[int, ...] = ()
     started: int | None = None
+    again: Amount = 0
 
 
 KINDS = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -41,6 +41,16 @@ from .value import Sizes, Value, values_of
 from .weights import weight_sizes
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What one walk over a graph gives: its operations, and what is known of its inputs and of its results,
+    nested as they are."""
+
+    operations: tuple[Operation, ...]
+    inputs: tuple[Value, ...]
+    results: Any
+
+
 def read_operations(
     graph: fx.GraphModule,
     layout: Layout | None = None,
@@ -50,6 +60,20 @@ def read_operations(
     routing: Routing | None = None,
     rank: int = 0,
 ) -> tuple[Operation, ...]:
+    """The operations of `read_graph`."""
+    how = {"training": training, "attention": attention, "routing": routing, "rank": rank}
+    return read_graph(graph, layout, **how).operations  # type: ignore[arg-type]
+
+
+def read_graph(
+    graph: fx.GraphModule,
+    layout: Layout | None = None,
+    *,
+    training: bool = True,
+    attention: Attention | None = None,
+    routing: Routing | None = None,
+    rank: int = 0,
+) -> Reading:
     """Every operator of `graph` and its regions, in the order in which they run.
 
     `graph`: of a program of one process, or of one rank (stage *partitioned*, *cached* or *fused*), with the
@@ -62,7 +86,10 @@ def read_operations(
     walk = _Walk(graph, layout, training, attention, tables)
     results = walk.run(graph, None, "")
     tables.require_all_read()
-    return walk.gradients.settled(walk.operations, values_of(results)) if training else tuple(walk.operations)
+    operations = tuple(walk.operations)
+    if training:
+        operations = walk.gradients.settled(operations, values_of(results))
+    return Reading(operations, tuple(walk.inputs), results)
 
 
 class _Walk:
@@ -80,6 +107,7 @@ class _Walk:
         self.oracle = Oracle(self.sizes.letters)
         self.tables = tables
         self.operations: list[Operation] = []
+        self.inputs: list[Value] = []
         self.gradients = Gradients()
 
     def run(self, module: fx.GraphModule, inputs: Sequence[Value] | None, region: str) -> Any:
@@ -88,7 +116,7 @@ class _Walk:
         given = iter(inputs or ())
         for node in module.graph.nodes:
             if node.op == "placeholder":
-                known[node] = next(given) if inputs is not None else self._value(node.meta["val"], node, ())
+                known[node] = next(given) if inputs is not None else self._input(node)
             elif node.op == "get_attr":
                 known[node] = self._attribute(module, node, region)
             elif node.op == "call_module":
@@ -99,6 +127,13 @@ class _Walk:
             elif node.op == "call_function":
                 known[node] = self._call(node, known, region, module)
         return fx.map_arg(module.graph.output_node().args[0], known.__getitem__)
+
+    def _input(self, node: fx.Node) -> Value:
+        """What the root is given."""
+        value = self._value(node.meta["val"], node, ())
+        assert isinstance(value, Value)
+        self.inputs.append(value)
+        return value
 
     def _attribute(self, module: fx.GraphModule, node: fx.Node, region: str) -> Any:
         held = attribute(module, str(node.target))
@@ -181,7 +216,7 @@ class _Walk:
                 region,
                 found.index if found else None,
                 name,
-                kind_of(name, found.kind if found else ""),
+                kind_of(name, None in call.answer.views),
                 _dtype(operands),
                 price.forward,
                 price.backward if wanted else NOTHING,

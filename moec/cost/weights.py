@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch import Tensor, fx
 
 from moec import ir
@@ -21,7 +22,7 @@ from .value import Sizes
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter or buffer on one rank: `elements` of `itemsize` bytes, held alike along the axis `holders`.
+    """A parameter or buffer on one rank, held alike along the axis `holders`.
 
     `group`: the parameters that one call of the optimizer updates together (as `moec.runtime.optimizer` cuts
     them: experts or not, decayed or not, by holders and dtype); None where nothing is updated.
@@ -29,14 +30,14 @@ class Weight:
 
     name: str
     elements: Amount
-    itemsize: int
+    dtype: torch.dtype
     holders: str
     group: tuple[bool, bool, str, str] | None = None
 
     @property
     def bytes(self) -> Amount:
         """All of it."""
-        return self.itemsize * self.elements
+        return self.dtype.itemsize * self.elements
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,21 @@ class Group:
     mesh: Mesh
 
     @property
+    def name(self) -> str:
+        """`dense/decay along data`."""
+        expert, decays = (self.weights[0].group or (False, False))[:2]
+        what = f"{'expert' if expert else 'dense'}/{'decay' if decays else 'no_decay'}"
+        return f"{what} along {self.axis}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all parameters."""
+        return self.weights[0].dtype
+
+    @property
     def itemsize(self) -> int:
-        """Bytes of an element, the same of all."""
-        return self.weights[0].itemsize
+        """Bytes of an element."""
+        return self.dtype.itemsize
 
     @property
     def is_dealt(self) -> bool:
@@ -133,7 +146,7 @@ def _weight(
         group = (expert, value.dim() - expert >= 2, holders, str(value.dtype))
     sizes = weight_sizes(shape, placement, coordinates, even)
     elements = math.prod(sizes, start=sympy.Integer(1))
-    return Weight(name, elements, value.dtype.itemsize, holders, group)
+    return Weight(name, elements, value.dtype, holders, group)
 
 
 def weight_sizes(shape: Sequence[int], placement: Placement, places: Mapping[str, int], even: bool) -> Sizes:
