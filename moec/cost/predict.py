@@ -61,7 +61,7 @@ class _Plan:
         self.places: list[int] = []
         self._about: list[Step] = []
         self._sent: dict[int, int] = {}
-        self._awaited = {start for one in operations if one.operator == WAIT for start in one.after}
+        self._awaited = {start for one in operations if one.operator == WAIT for start in _started(one)}
         for index, direction, place in _order(operations, evaluator, training):
             self.places.append(place)
             self._add(index, direction, times[place])
@@ -93,6 +93,11 @@ class _Plan:
     def _job(self, one: Operation, direction: str, job: Job, axis: str = "") -> None:
         self.jobs.append(job)
         self._about.append(Step(one, direction, 0.0, 0.0, job.stream, axis))
+
+
+def _started(wait: Operation) -> tuple[int, ...]:
+    """The collectives whose end this is."""
+    return wait.after if wait.started is None else (wait.started,)
 
 
 def _order(

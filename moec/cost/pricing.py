@@ -82,7 +82,7 @@ class Prices:
         )
         direction = self._direction(task)
         known = device.knows(operation, direction)
-        if task.operator.startswith(_SENT_ONLY) and not known:
+        if task.kind == "collective" and task.operator.startswith(_SENT_ONLY) and not known:
             return 0.0
         if work.calls and device.measured is not None and not known:
             self.unmeasured.add(task.operator)

@@ -6,8 +6,8 @@
     print(topology);  topology.dot()
 
 A node's devices hang on one switch. Card j of every node hangs on the j-th *rail*, a switch between nodes,
-and rails on a spine that carries all they can bring (a full fat tree). `collectives.py` has closed formulas; they
-say what the busiest link of this graph says.
+and rails on a spine that carries all they can bring (a full fat tree). `collectives.py` has closed formulas;
+they say what the busiest link of this graph says.
 """
 
 from __future__ import annotations
