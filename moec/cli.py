@@ -139,22 +139,39 @@ def show(
 def diff(
     model: Saved,
     before: Annotated[
-        str, typer.Argument(metavar="A", help="A stage or a pass: structured, lift_experts, …")
+        str, typer.Argument(metavar="A", help="A stage or a pass: structured, lift_experts, …; or a plan.")
     ],
     after: Annotated[
-        str | None, typer.Argument(metavar="B", help="Another one; left out: the program as it is.")
+        str | None,
+        typer.Argument(metavar="B", help="Another one; left out: the program as it is. Or another plan."),
     ] = None,
     plan: PlanName = None,
     meta: Meta = False,
+    phase: PhaseName = "training",
+    batch: RankBatch = None,
+    sequence: RankSequence = None,
+    past: Past = None,
+    ranks: World = None,
+    hardware: HardwareName = None,
     trust: Trust = False,
+    as_json: Json = False,
 ) -> None:
-    """Print what changed between two stages, alike changes once.
+    """Print what changed between two stages, alike changes once; or set two plans side by side.
+
+    Of plans (files, shipped ones, or dense): structure, parameters, costs of one rank, and seconds with
+    --hardware. The options from --phase to --hardware, and --json, are for plans.
 
     moec diff examples/gpt.py:small structured sparse --plan pr_moe
     """
+    from moec.commands.compare import diff_plans, plans_meant
+    from moec.commands.foreseen import Asked
     from moec.commands.read import diff_program
 
-    diff_program(model, before, after, plan, meta, trust)
+    plans = plans_meant(before, after, plan)
+    if plans is None:
+        diff_program(model, before, after, plan, meta, trust)
+        return
+    diff_plans(model, plans, Asked(phase, batch, sequence, past, ranks, hardware), as_json=as_json)
 
 
 @app.command()
@@ -373,6 +390,28 @@ def plans(
     from moec.commands.read import show_plans
 
     show_plans(name, as_json)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="FILE", help="The hardware file to write.")
+    ] = "this.toml",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that send to each other; 1: messages are not measured.")
+    ] = 2,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A rough file in seconds, to try things with.")
+    ] = False,
+) -> None:
+    """Measure this machine, as a hardware file for `moec cost` and `moec plan`; takes about two minutes.
+
+    moec calibrate --out this.toml
+    """
+    from moec.commands.calibrate import run_calibrate
+
+    run_calibrate(out, threads, ranks, quick)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from moec.errors import CostError, nearest
 
 from .operation import KINDS, Operation, Sending
 from .spelling import expanded
-from .symbols import meaning, symbol
+from .symbols import MEANINGS, meaning, symbol
 from .table import Column, Table
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def table_of(cost: Cost, by: str, letters: Letters) -> Table:
 
 def _of_operations(cost: Cost, by: str, letters: Letters) -> Table:
     amounts = _amounts(cost)
-    fill = _filler(cost, letters)
+    fill = filler(cost, letters)
     rows = [
         (name, len(members), *(fill(total(map(amount, members))) for amount in amounts.values()))
         for name, members in _grouped(cost.operations, by).items()
@@ -97,7 +97,7 @@ def _of_axes(cost: Cost, letters: Letters) -> Table:
         for direction, sends in (("forward", one.sends), ("backward", one.sends_back)):
             for each in sends:
                 sent.setdefault((each.axis, direction, each.operator), []).append(each)
-    fill, ranks = _filler(cost, letters), cost.mesh.axes()
+    fill, ranks = filler(cost, letters), cost.mesh.axes()
     rows = tuple(
         (axis, ranks[axis], direction, operator, len(sends), *_totals(sends, fill))
         for (axis, direction, operator), sends in sent.items()
@@ -117,10 +117,14 @@ def _totals(sends: Sequence[Sending], fill: Callable[[Any], Any]) -> tuple[Any, 
     return fill(total(each.messages for each in sends)), fill(total(each.bytes for each in sends))
 
 
-def _filler(cost: Cost, letters: Letters) -> Callable[[Any], Any]:
-    """Puts numbers in; where none are given, axes stay letters too."""
+def filler(cost: Cost, letters: Letters) -> Callable[[Any], Any]:
+    """Puts numbers in, those of axes too; where none are given, axes stay letters."""
     if not letters:
         return lambda amount: amount
+    known = [*MEANINGS, *map(str, cost.axes)]
+    for name in letters:
+        if name not in known:
+            raise CostError("Cost", f"a letter {name!r}", f"one of {', '.join(known)}", nearest(name, known))
     given = {**cost.axes, **{symbol(name): sympy.Integer(number) for name, number in letters.items()}}
     return lambda amount: _number(sympy.sympify(amount).xreplace(given))
 
