@@ -168,8 +168,6 @@ def _arrays(values: Sequence[Any]) -> bool:
 
 def _power(values: Sequence[Any]) -> Any:
     base, exponent = values
-    if exponent == -1 and not _arrays(values):
-        return 1.0 / base
     return base**exponent
 
 
