@@ -184,6 +184,9 @@ class _Rewrite:
             with graph.inserting_after(last):
                 last = self.inputs[name] = graph.placeholder(name)
             last.meta["input"] = like
+        for site, (name, _) in self.caches.items():
+            if "placement" in site.value.meta:  # its heads are those of the keys and values
+                self.inputs[name].meta["placement"] = site.value.meta["placement"]
         self._regional: dict[tuple[str, str], fx.Node] = {}
 
     def _given(self, region: str, name: str, value: fx.Node) -> fx.Node:

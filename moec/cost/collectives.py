@@ -33,8 +33,8 @@ REDUCE, GATHER, DIRECT = "reduce", "gather", "direct"
 
 PATTERNS = {
     "all_reduce": REDUCE,
-    "moec.embedding_part": REDUCE,
-    "moec.cross_entropy_part": REDUCE,
+    "moec.cross_entropy_part_totals": REDUCE,
+    "moec.cross_entropy_part_back": REDUCE,
     "moec.divergence_totals": REDUCE,
     "moec.divergence_back": REDUCE,
     "moec.divergence_top_totals": REDUCE,
@@ -45,6 +45,7 @@ PATTERNS = {
     "moec.unshare": GATHER,
     "moec.sum_share": GATHER,
     "moec.gather_vocabulary": GATHER,
+    "moec.sum_vocabulary": GATHER,
     "all_to_all_single": DIRECT,
     "moec.exchange": DIRECT,
     "moec.gather_rows": DIRECT,
