@@ -104,7 +104,7 @@ def measure_attention(watch: Stopwatch, sizes: Sizes) -> dict[str, Grid]:
 
 
 def _square(watch: Stopwatch, sizes: Sizes, *, backward: bool) -> Grid:
-    """Half the pairs are masked: the grid has one size for queries and keys, measured where they are equal."""
+    """Measured where there are as many keys as queries; half the pairs are masked."""
     found: dict[tuple[int, int], float] = {}
     for length, depth in itertools.product(sizes.lengths, sizes.heads):
         heads = max(8, min(64, (1 << 21) // (length * length)))
@@ -122,7 +122,8 @@ def _attend(watch: Stopwatch, heads: int, length: int, depth: int, backward: boo
     grad = torch.randn(2, heads // 2, length, depth)
 
     def forward() -> Tensor:
-        return F.scaled_dot_product_attention(*qkv.chunk(3, dim=1), is_causal=True)
+        q, k, v = qkv.chunk(3, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     if not backward:
         with torch.inference_mode():

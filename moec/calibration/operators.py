@@ -22,6 +22,7 @@ from .clock import Stopwatch
 from .references import Shape
 from .watched import Times, WatchedRun
 
+_LOSS = "loss.cross_entropy"  # as `moec.cost.loss` names it
 _FIRST = 2  # runs that are not counted: the first ones find nothing where it will be
 
 
@@ -46,21 +47,32 @@ class Sights:
 
     def look_at(self, program: Program, shape: Shape) -> None:
         """Train, run and decode `program`, which is left as it was but for its gradients."""
+        for ready in (program, program.fused(verify="off")):
+            self.look_at_phase(ready, shape, "training")
+            self.look_at_phase(ready, shape, "forward")
+        self.look_at_phase(program, shape, "decode")
+
+    def look_at_phase(self, program: Program, shape: Shape, phase: Phase) -> None:
+        """One phase of it alone, as it is; leaves it in the mode of that phase."""
         tokens = torch.randint(0, shape.vocabulary, (shape.batch, shape.sequence))
         letters = {"B": shape.batch, "S": shape.sequence}
-        for backend in ("eager", "fused"):
-            ready = program if backend == "eager" else program.fused(verify="off")
-            self._train(ready.train(), tokens, letters)
-            self._run(ready.eval(), tokens, letters)
-        self._decode(program.eval(), shape)
+        if phase == "training":
+            self._train(program.train(), tokens, letters)
+        elif phase == "forward":
+            self._run(program.eval(), tokens, letters)
+        else:
+            self._decode(program.eval(), shape)
 
     def _train(self, program: Program, tokens: Tensor, letters: Mapping[str, int]) -> None:
         watched = WatchedRun(program.graph, self.watch.now)
         for _ in range(_FIRST + self.runs):
             out = watched.run(tokens)
             logits, terms = out if isinstance(out, tuple) else (out, {})
-            loss = task_loss(logits, tokens) + terms.get("balance", 0.0) + terms.get("z", 0.0)
-            watched.run_backward(loss)
+            begin = self.watch.now()
+            task = task_loss(logits, tokens)
+            watched.forward[_LOSS].append(self.watch.now() - begin)
+            until_first = watched.run_backward(task + terms.get("balance", 0.0) + terms.get("z", 0.0))
+            watched.backward[_LOSS].append(until_first)
             program.graph.zero_grad()
         cost = program.cost("training")
         self._note(cost, letters, "forward", watched.forward)

@@ -17,7 +17,9 @@ PLANS: Mapping[str, dict[str, Any] | None] = {
     "dense": None,
     "top-1": {"moe": {"experts": 6, "layers": "1::2", "top_k": 1, "residual": "learned"}},
     "top-2": {"moe": {"experts": 5, "layers": "1::2", "top_k": 2}},
+    "gated": None,
 }
+GATED = "gated"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class _Block(nn.Module):
     def _attend(self, x_BSD: Tensor) -> Tensor:
         B, S, D = x_BSD.shape
         qkv = self.qkv(x_BSD).view(B, S, 3 * self.heads, D // self.heads).transpose(1, 2)
-        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=1), is_causal=True)
+        q, k, v = qkv.chunk(3, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, S, D))
 
 
@@ -87,12 +90,15 @@ class ReferenceDecoder(nn.Module):
         return self.head(self.norm(x_BSD))
 
 
-def references(shapes: Sequence[Shape]) -> Iterator[tuple[str, Shape, Program]]:
-    """(name, shape, program) of every reference, eager; each is made when it is asked for."""
+def references(shapes: Sequence[Shape], names: Sequence[str]) -> Iterator[tuple[str, Shape, Program]]:
+    """(name, shape, program) of every reference, eager; each is made when it is asked for.
+
+    `names`: plans among `PLANS`; `gated` is the dense program of the other kind, in its two extreme sizes.
+    """
     for shape in shapes:
-        for name, plan in PLANS.items():
-            torch.manual_seed(0)
-            yield name, shape, moec.compile(ReferenceDecoder(shape), plan, verify="off")
-    torch.manual_seed(0)
-    yield "gated", shapes[0], moec.compile(ReferenceDecoder(shapes[0], gated=True), None, verify="off")
-    yield "gated", shapes[-1], moec.compile(ReferenceDecoder(shapes[-1], gated=True), None, verify="off")
+        for name in names:
+            gated = name == GATED
+            if not gated or shape in (shapes[0], shapes[-1]):
+                torch.manual_seed(0)
+                model = ReferenceDecoder(shape, gated)
+                yield name, shape, moec.compile(model, PLANS[name], verify="off")

@@ -7,7 +7,6 @@ the gradient of one result and the gradient of the result before it is the opera
 
 from __future__ import annotations
 
-import operator
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +63,7 @@ class WatchedRun(fx.Interpreter):
         """`loss.backward()`; gives the seconds until the first gradient of a result, those of the loss."""
         self._marks.clear()
         begin = self.clock()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         end = self.clock()
         for name, seconds in intervals(self._marks, end):
             self.backward[name].append(seconds)
@@ -82,8 +81,3 @@ def intervals(marks: Sequence[tuple[str, float]], end: float) -> Iterator[tuple[
     for (name, begin), (_, until) in zip(marks, following, strict=True):
         total[name] += until - begin
     yield from total.items()
-
-
-def is_getitem(node: fx.Node) -> bool:
-    """Whether a node picks one of several results: nothing happens."""
-    return node.target is operator.getitem

@@ -87,6 +87,10 @@ class Grid(Section):
         """The sizes, dimension by dimension."""
         return [self.m, self.n, self.k]
 
+    def shapes(self) -> list[tuple[float, ...]]:
+        """(m, n, k) of every time, in order."""
+        return list(itertools.product(*self.axes))
+
     def seconds(self, m: float, n: float, k: float, far: float) -> float:
         """Of one product [m, k] · [k, n], the share `far` of its operands from memory."""
         return _mixed(lambda times: interpolate(self.axes, times, [m, n, k]), self._times, far)

@@ -1,0 +1,107 @@
+"""Gloo between processes of this machine: seconds of a collective as a start and so many bytes a second."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import start_processes
+
+from moec.cost.collectives import DIRECT, PATTERNS, REDUCE, pattern_of
+from moec.cost.link import Link, Way
+from moec.ir.mesh import WORLD, Mesh
+from moec.runtime.mesh import connected
+
+SIZES: Sequence[int] = (1 << 10, 32 << 10, 512 << 10, 4 << 20, 16 << 20)
+QUICK: Sequence[int] = (1 << 10, 256 << 10)
+
+_collectives = torch.ops._c10d_functional
+Call = Callable[[Tensor, int], Tensor]
+_CALLS: Mapping[str, Call] = {
+    "all_reduce": lambda x, ranks: _collectives.all_reduce(x, "sum", WORLD),
+    "all_gather_into_tensor": lambda x, ranks: _collectives.all_gather_into_tensor(x, ranks, WORLD),
+    "reduce_scatter_tensor": lambda x, ranks: _collectives.reduce_scatter_tensor(x, "sum", ranks, WORLD),
+    "all_to_all_single": lambda x, ranks: _collectives.all_to_all_single(
+        x, [x.numel() // ranks] * ranks, [x.numel() // ranks] * ranks, WORLD
+    ),
+}
+Points = dict[str, list[tuple[float, float]]]
+
+
+def measure_links(ranks: int, sizes: Sequence[int], rounds: int) -> tuple[Link, tuple[Way, ...]]:
+    """The link between two processes, and how each collective goes over it, measured with `ranks` of them."""
+    found: SimpleQueue[Points] = get_context("spawn").SimpleQueue()
+    start_processes(_run_rank, (ranks, _free_port(), list(sizes), rounds, found), ranks, start_method="spawn")
+    points = found.get()
+    latency, bandwidth = _fitted(points["all_to_all_single"])
+    link = Link(latency=latency / (ranks - 1), bandwidth=bandwidth)
+    return link, tuple(_way(name, here, link, ranks) for name, here in points.items())
+
+
+def _way(name: str, points: Sequence[tuple[float, float]], link: Link, ranks: int) -> Way:
+    pattern = pattern_of(name)
+    start, bandwidth = _fitted(points)
+    steps = (2 if pattern == REDUCE else 1) * (ranks - 1)
+    alike = [other for other, known in PATTERNS.items() if known == pattern and other not in _CALLS]
+    stands_for_others = name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single")
+    return Way(
+        name=name,
+        algorithm="direct" if pattern == DIRECT else "ring",
+        inside=start / steps,
+        share=bandwidth / link.bandwidth,
+        operators=(name, *(alike if stands_for_others else ())),
+    )
+
+
+def _fitted(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(seconds of the smallest, bytes a second of larger ones beyond that); points are (bytes, seconds)."""
+    start = points[0][1]
+    slopes = [(seconds - start) / amount for amount, seconds in points[1:] if seconds > start]
+    slowest = max(slopes[-2:], default=1e-12)
+    return start, 1.0 / slowest
+
+
+def _run_rank(
+    rank: int, ranks: int, port: int, sizes: list[int], rounds: int, found: SimpleQueue[Points]
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with connected(Mesh(data=ranks)):
+        points = {
+            name: [_point(name, call, size, rounds, ranks) for size in sizes] for name, call in _CALLS.items()
+        }
+        if rank == 0:
+            found.put(points)
+        dist.barrier()
+
+
+def _point(name: str, call: Call, size: int, rounds: int, ranks: int) -> tuple[float, float]:
+    """(bytes that one rank sends to others, seconds of the slower rank in the fastest round)."""
+    x = torch.randn(size // 4)
+    times = []
+    for _ in range(rounds):
+        dist.barrier()
+        start = time.perf_counter()
+        _collectives.wait_tensor(call(x, ranks))
+        times.append(time.perf_counter() - start)
+    taken: Any = torch.tensor(times, dtype=torch.float64)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    whole = size * (ranks - 1)
+    sent = {"all_reduce": 2 * whole / ranks, "all_gather_into_tensor": whole}.get(name, whole / ranks)
+    return float(sent), float(taken.min())
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port

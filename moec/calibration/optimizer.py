@@ -1,0 +1,37 @@
+"""What follows the gradients once a step: their norm, and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from moec.cost.measured import Line
+
+from .clock import Stopwatch
+
+TENSORS = 12  # of a group: the number that two or three layers have
+SIZES: Sequence[int] = (12 << 10, 384 << 10, 3 << 20, 24 << 20, 96 << 20)
+QUICK: Sequence[int] = (12 << 10, 1 << 20)
+
+
+@torch.no_grad()
+def measure_optimizer(watch: Stopwatch, sizes: Sequence[int]) -> dict[str, dict[str, Line]]:
+    """Lines by the bytes that the operators of `moec.cost.update` read and write; `sizes`: of the weights."""
+    names = ("aten::linalg_vector_norm", "aten::_fused_adamw_")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for size in sizes:
+        weights = [nn.Parameter(torch.randn(size // 4 // TENSORS)) for _ in range(TENSORS)]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        adamw = torch.optim.AdamW(weights, fused=True)
+        times[names[0]].append(watch.least(partial(nn.utils.get_total_norm, gradients)))
+        times[names[1]].append(watch.least(adamw.step))
+    moved = {names[0]: 1.0, names[1]: 7.0}
+    return {
+        name: {"forward": Line(bytes=[moved[name] * size for size in sizes], seconds=found)}
+        for name, found in times.items()
+    }
