@@ -17,7 +17,6 @@ from dataclasses import replace
 from .arranged import arranged
 from .cost import Cost
 from .hardware import Hardware
-from .numbers import Evaluator
 from .operation import Operation
 from .prediction import Prediction, Step
 from .pricing import WAIT, Prices, Time
@@ -38,7 +37,7 @@ def predict(cost: Cost, hardware: Hardware, *, captured: bool = False, **letters
     hardware.require_world(mesh.mesh.world)
     training = cost.phase == "training"
     prices = Prices(cost.evaluator, hardware, mesh, letters, training=training, captured=captured)
-    plan = _Plan(cost.operations, cost.evaluator, prices.times, training)
+    plan = _Plan(cost, prices.times)
     return Prediction(
         tuple(plan.steps()),
         hardware,
@@ -47,22 +46,22 @@ def predict(cost: Cost, hardware: Hardware, *, captured: bool = False, **letters
         float(sum(prices.works[place].flops for place in plan.places)),
         float(sum(prices.works[place].bytes for place in plan.places)),
         tuple(sorted(prices.unmeasured)),
+        cost,
+        mesh.numbers,
     )
 
 
 class _Plan:
     """The jobs of all operations in the order in which they are started."""
 
-    def __init__(
-        self, operations: tuple[Operation, ...], evaluator: Evaluator, times: list[Time], training: bool
-    ) -> None:
-        self.operations = operations
+    def __init__(self, cost: Cost, times: list[Time]) -> None:
+        self.operations = cost.operations
         self.jobs: list[Job] = []
         self.places: list[int] = []
         self._about: list[Step] = []
         self._sent: dict[int, int] = {}
-        self._awaited = {start for one in operations if one.operator == WAIT for start in _started(one)}
-        for index, direction, place in _order(operations, evaluator, training):
+        self._awaited = {start for one in self.operations if one.operator == WAIT for start in _started(one)}
+        for index, direction, place in _order(cost):
             self.places.append(place)
             self._add(index, direction, times[place])
 
@@ -100,16 +99,18 @@ def _started(wait: Operation) -> tuple[int, ...]:
     return wait.after if wait.started is None else (wait.started,)
 
 
-def _order(
-    operations: tuple[Operation, ...], evaluator: Evaluator, training: bool
-) -> Iterator[tuple[int, str, int]]:
-    """(operation, direction, task): forward, the same backwards, and the optimizer last."""
-    last = [index for index, one in enumerate(operations) if one.kind == "optimizer"]
-    graph = sorted(set(range(len(operations))) - set(last))
-    yield from ((index, "forward", evaluator.forward[index]) for index in graph)
-    if training:
-        yield from ((index, "backward", evaluator.backward[index]) for index in reversed(graph))
-    yield from ((index, "forward", evaluator.forward[index]) for index in last)
+def _order(cost: Cost) -> Iterator[tuple[int, str, int]]:
+    """(operation, direction, task): forward and the same backwards, for every part of a step; the optimizer
+    last."""
+    last = [index for index, one in enumerate(cost.operations) if one.kind == "optimizer"]
+    graph = sorted(set(range(len(cost.operations))) - set(last))
+    forward, backward = cost.evaluator.forward, cost.evaluator.backward
+    training = cost.phase == "training"
+    for _ in range(cost.step.accumulate if training else 1):
+        yield from ((index, "forward", forward[index]) for index in graph)
+        if training:
+            yield from ((index, "backward", backward[index]) for index in reversed(graph))
+    yield from ((index, "forward", forward[index]) for index in last)
 
 
 def _placed(step: Step, slot: Slot) -> Step:

@@ -12,6 +12,7 @@ from typing import Any
 
 from moec.errors import CostError, nearest
 
+from .cost import Cost
 from .hardware import Hardware
 from .operation import Operation
 from .schedule import DEVICE, longest
@@ -53,7 +54,8 @@ class Prediction:
     """What `predict` says.
 
     `timeline`: all steps, as the host starts them; `flops`: of this rank; `bytes`: of its memory;
-    `unmeasured`: operators that a calibrated device does not know, told by the roofline.
+    `unmeasured`: operators that a calibrated device does not know, told by the roofline; `axes`: the ranks of
+    every axis, those that follow from `letters` included.
     """
 
     timeline: tuple[Step, ...]
@@ -63,6 +65,20 @@ class Prediction:
     flops: float = 0.0
     bytes: float = 0.0
     unmeasured: tuple[str, ...] = ()
+    cost: Cost | None = None
+    axes: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes of this rank, as `Cost.memory` tells them; `CostError` where nothing is known of weights."""
+        if self.cost is None:
+            raise CostError("Prediction.memory", "steps alone", "a prediction of a cost: predict(cost, …)")
+        return self.cost.memory.numbers(**{**self.letters, **self.axes})["total"]
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is in the memory of a device."""
+        return self.memory <= self.hardware.device.memory
 
     @cached_property
     def seconds(self) -> float:
@@ -127,6 +143,9 @@ class Prediction:
             notes.append(f"{self.exposed / self.seconds:.1%} of the time only links are at work")
         if self.idle > 0.001 * self.seconds:
             notes.append(f"{self.idle / self.seconds:.1%} of the time all wait for the host")
+        if self.cost is not None and self.cost.weights is not None and not self.fits:
+            device = self.hardware.device.memory
+            notes.append(f"does not fit: {self.memory / 1e9:.3g} GB a rank, {device / 1e9:.3g} GB a device")
         if self.unmeasured:
             notes.append(f"not measured, told by the roofline: {', '.join(self.unmeasured)}")
         return tuple(notes)

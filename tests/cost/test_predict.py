@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.cost import Cost, Hardware, Link, Operation, Prediction, Sending, predict, symbol
+from moec.cost.phases import TrainingStep
 from moec.cost.schedule import DEVICE, Job, longest, schedule
 from moec.errors import CostError, MeshError, PlanError
 from moec.ir.mesh import ExpertAxes, Mesh
@@ -124,6 +125,19 @@ def test_backward_goes_back_without_overlap_and_the_optimizer_comes_last() -> No
     assert found.seconds == (1 + 3) + (3 + 2 + 1) + 5
     assert found.by("direction") == {"forward": 1 + 2 + 3 + 5, "backward": 6}
     assert found.timeline[-1].operation.name == "update"
+
+
+def test_a_step_in_parts_goes_there_and_back_for_each_and_updates_once() -> None:
+    last = replace(compute("update", 5), kind="optimizer", region="optimizer", backward=NOTHING)
+    cost = Cost((compute("a", 1), compute("b", 2), last), "training", MESH)
+    once, thrice = (predict(replace(cost, step=TrainingStep(parts)), simple()) for parts in (1, 3))
+    assert (once.seconds, thrice.seconds) == (2 * 3 + 5, 3 * 2 * 3 + 5)
+
+
+def test_operations_alone_tell_no_memory() -> None:
+    found = predict(Cost((compute(),), "forward", MESH), simple())
+    with pytest.raises(CostError, match="operations alone"):
+        _ = found.memory
 
 
 def test_a_slow_host_holds_everything_up_until_the_program_is_captured() -> None:
