@@ -11,8 +11,8 @@ device computes meanwhile, nor the other way round.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 
 from .arranged import arranged
 from .cost import Cost
@@ -20,7 +20,7 @@ from .hardware import Hardware
 from .operation import Operation
 from .prediction import Prediction, Step
 from .pricing import WAIT, Prices, Time
-from .schedule import DEVICE, Job, Slot, schedule
+from .schedule import DEVICE, Job, schedule
 
 __all__ = ["Prediction", "Step", "predict"]
 
@@ -43,8 +43,8 @@ def predict(cost: Cost, hardware: Hardware, *, captured: bool = False, **letters
         hardware,
         cost.phase,
         dict(letters),
-        float(sum(prices.works[place].flops for place in plan.places)),
-        float(sum(prices.works[place].bytes for place in plan.places)),
+        float(sum(count * prices.works[place].flops for place, count in plan.tasks.items())),
+        float(sum(count * prices.works[place].bytes for place, count in plan.tasks.items())),
         tuple(sorted(prices.unmeasured)),
         cost,
         mesh.numbers,
@@ -52,23 +52,25 @@ def predict(cost: Cost, hardware: Hardware, *, captured: bool = False, **letters
 
 
 class _Plan:
-    """The jobs of all operations in the order in which they are started."""
+    """The jobs of all operations in the order in which they are started; `tasks`: how often each one runs."""
 
     def __init__(self, cost: Cost, times: list[Time]) -> None:
         self.operations = cost.operations
         self.jobs: list[Job] = []
-        self.places: list[int] = []
-        self._about: list[Step] = []
+        self.tasks: Counter[int] = Counter()
+        self._about: list[tuple[Operation, str, str]] = []
         self._sent: dict[int, int] = {}
         self._awaited = {start for one in self.operations if one.operator == WAIT for start in _started(one)}
         for index, direction, place in _order(cost):
-            self.places.append(place)
+            self.tasks[place] += 1
             self._add(index, direction, times[place])
 
     def steps(self) -> Iterator[Step]:
         """Every job in time."""
-        for step, slot in zip(self._about, schedule(self.jobs), strict=True):
-            yield _placed(step, slot)
+        for (one, direction, axis), job, slot in zip(
+            self._about, self.jobs, schedule(self.jobs), strict=True
+        ):
+            yield Step(one, direction, slot.begin, slot.end, job.stream, axis, slot.cause)
 
     def _add(self, index: int, direction: str, time: Time) -> None:
         one, forward = self.operations[index], direction == "forward"
@@ -91,7 +93,7 @@ class _Plan:
 
     def _job(self, one: Operation, direction: str, job: Job, axis: str = "") -> None:
         self.jobs.append(job)
-        self._about.append(Step(one, direction, 0.0, 0.0, job.stream, axis))
+        self._about.append((one, direction, axis))
 
 
 def _started(wait: Operation) -> tuple[int, ...]:
@@ -111,7 +113,3 @@ def _order(cost: Cost) -> Iterator[tuple[int, str, int]]:
         if training:
             yield from ((index, "backward", backward[index]) for index in reversed(graph))
     yield from ((index, "forward", forward[index]) for index in last)
-
-
-def _placed(step: Step, slot: Slot) -> Step:
-    return replace(step, begin=slot.begin, end=slot.end, cause=slot.cause)

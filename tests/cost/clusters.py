@@ -42,7 +42,7 @@ def ways(draw: st.DrawFn) -> tuple[Way, ...]:
     """None, or several ways of every algorithm."""
     if draw(st.booleans()):
         return ()
-    found = []
+    found: list[Way] = []
     for algorithm in ("ring", "ring", "tree", "direct"):
         found.append(
             Way(

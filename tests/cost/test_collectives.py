@@ -133,12 +133,11 @@ def test_letters_and_numbers_say_the_same(
 ) -> None:
     spread = even_spread(ranks, hardware.per_node)
     assume(ranks > 1 and spread.ranks % spread.fewest == 0)
-    letters = sympy.symbols("p b", positive=True)
-    inside = letters[0] if not spread.crosses else spread.fewest
-    told = collective_expression(hardware, operator, *letters, inside)
+    p, b = sympy.symbols("p b", positive=True)
+    told = collective_expression(hardware, operator, p, b, spread.fewest if spread.crosses else p)
     messages = (2 if operator == "all_reduce" else 1) * (ranks - 1)
     found = collective_seconds(hardware, operator, spread, messages, num_bytes)
-    assert float(told.subs({letters[0]: ranks, letters[1]: num_bytes})) == pytest.approx(found, abs=1e-12)
+    assert float(told.subs({p: ranks, b: num_bytes})) == pytest.approx(found, abs=1e-12)
 
 
 @given(clusters(2), patterns, st.integers(2, 32), st.floats(1, 1e9), st.floats(1.0, 10.0))

@@ -241,7 +241,7 @@ def test_everything_waits_for_what_it_reads_and_streams_do_one_thing_at_a_time(
 ) -> None:
     hardware = hardware.model_copy(update={"per_node": 2, "nodes": 2, "cards": None})
     found = predict(Cost(operations, "forward", MESH), hardware)
-    ends = {}
+    ends: dict[int, float] = {}
     for step in found.timeline:
         index = next(i for i, one in enumerate(operations) if one is step.operation)
         ends[index] = max(ends.get(index, 0.0), step.end)
