@@ -47,9 +47,9 @@ class Collective:
         """What was sent, under the name that `moec.runtime.traffic` has for it."""
         return Sending(self.axis, operator, sent.messages, sent.bytes, sent.calls)
 
-    def row_bytes(self, name: str) -> Amount:
-        """The bytes of a row of an argument [N, D]."""
-        return self.call.shape(name)[1] * self.call.itemsize(name)
+    def row_bytes(self, name: str) -> int:
+        """The bytes of a row of an argument [N, D]: what is computed in is whole on every rank."""
+        return int(self.call.shape(name)[1]) * self.call.itemsize(name)
 
     def exchanged(self, name: str, row_bytes: Amount) -> Sent:
         """What it costs to send rows as the table in the argument `name` says."""
