@@ -10,6 +10,7 @@ from typing import Any
 from moec.commands.foreseen import Asked, program_on_meta
 from moec.commands.screen import show, show_heading, show_json, show_table
 from moec.cost.cost import Cost
+from moec.cost.operation import KINDS
 from moec.cost.prediction import Prediction
 from moec.cost.spelling import expanded, in_full, spelled
 from moec.cost.table import NONE
@@ -125,7 +126,10 @@ class _Side:
 
     def amounts(self) -> dict[tuple[str, str], Any]:
         """(name, unit) → what it costs one rank."""
-        found = {
+        memory = self.cost.memory
+        parts = {**memory.parts, "together": memory.total}
+        found = {(f"memory: {name}", "B"): self.cost.at(part, **self.letters) for name, part in parts.items()}
+        found |= {
             ("FLOPs", "FLOP"): self.cost.at("flops", **self.letters),
             ("bytes moved", "B"): self.cost.at("bytes", **self.letters),
             ("kernels", ""): self.cost.at("calls", **self.letters),
@@ -144,9 +148,9 @@ class _Side:
     def _times(self) -> dict[tuple[str, str], Any]:
         if self.prediction is None:
             return {}
-        by = {(f"time of {kind}", "s"): seconds for kind, seconds in self.prediction.by("kind").items()}
+        by = self.prediction.by("kind")
         whole = {("time", "s"): self.prediction.seconds, ("only links at work", "s"): self.prediction.exposed}
-        return whole | {name: seconds for name, seconds in by.items() if seconds}
+        return whole | {(f"time of {kind}", "s"): by[kind] for kind in KINDS if by.get(kind)}
 
 
 def _by_layer(settings: Iterable[tuple[str, str]]) -> str | None:
@@ -167,7 +171,8 @@ def _joined(left: dict[tuple[str, str], Any], right: dict[tuple[str, str], Any])
             before = list(right)[place - 1] if place else None
             names.insert(names.index(before) + 1 if before in names else len(names), name)
     for key in names:
-        yield Fact(key[0], _canonical(left.get(key)), _canonical(right.get(key)), key[1])
+        if left.get(key) or right.get(key):
+            yield Fact(key[0], _canonical(left.get(key)), _canonical(right.get(key)), key[1])
 
 
 def _canonical(value: Any) -> Any:

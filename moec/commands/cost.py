@@ -10,7 +10,7 @@ from moec.cost.cost import Cost
 from moec.cost.prediction import Prediction
 from moec.cost.spelling import short
 from moec.cost.summary import BY
-from moec.cost.table import Table
+from moec.cost.table import Column, Table
 from moec.errors import CostError, nearest
 
 
@@ -27,7 +27,7 @@ def show_cost(
     if as_json:
         show_json(_plain(cost, table, letters, prediction, by))
     elif as_latex:
-        show(table.latex())
+        show(table.latex(), memory_table(cost, letters).latex())
         if prediction is not None:
             show(prediction.table(by).latex())
     else:
@@ -37,11 +37,28 @@ def show_cost(
 def _show(cost: Cost, table: Table, letters: dict[str, int], prediction: Prediction | None, by: str) -> None:
     sizes = ", ".join(f"{name} = {number:,}" for name, number in letters.items())
     show_heading(f"{cost.about}; {sizes}" if sizes else cost.about)
-    show("", str(table))
-    if prediction is not None:
-        show("")
-        show_heading(f"{short(prediction.seconds, 's')} on {prediction.hardware.device.name}")
-        show("", str(prediction.table(by)))
+    show("", str(table), "", str(memory_table(cost, letters)))
+    if prediction is None:
+        return
+    device = prediction.hardware.device
+    show(_room(cost.memory.numbers(**letters)["total"], device.memory, device.name), "")
+    show_heading(f"{short(prediction.seconds, 's')} on {device.name}")
+    show("", str(prediction.table(by)))
+
+
+def memory_table(cost: Cost, letters: dict[str, int]) -> Table:
+    """What lies in the memory of a rank, in letters or numbers."""
+    memory = cost.memory
+    rows = tuple((name, cost.at(amount, **letters)) for name, amount in memory.parts.items())
+    total = ("together", cost.at(memory.total, **letters))
+    return Table((Column("memory of a rank"), Column("bytes", "B")), rows, total=total)
+
+
+def _room(needed: float, there: float, name: str) -> str:
+    """Whether it fits."""
+    if needed <= there:
+        return f"fits: {100 * needed / there:.2g} % of the {short(there, 'B')} of {name}"
+    return f"does not fit: {short(needed - there, 'B')} more than the {short(there, 'B')} of {name}"
 
 
 def _plain(
@@ -55,6 +72,7 @@ def _plain(
         "letters": letters,
         "by": by,
         "rows": table.data(),
+        "memory": {row["memory of a rank"]: row["bytes"] for row in memory_table(cost, letters).data()},
     }
     if prediction is not None:
         found["time"] = {
