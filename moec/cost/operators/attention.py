@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from moec.ir.patterns import arguments_of
-from moec.runtime.ops.work import Price, Product, Work
+from moec.runtime.ops.work import Amount, Price, Product, Work
 
 from ..call import GraphCall
 from ..samples import SMALL, Samples, meant
@@ -31,12 +31,22 @@ def attention(call: GraphCall) -> Price:
     if call.attention == "math":
         return _by_products(call, products)
     forward = Work((products.scores, products.values), read, out)
+    if mask := _mask_as_numbers(call):
+        forward += Work((), mask, mask)
     if not any(call.needs_grad(name) for name in ("query", "key", "value")):
         return Price(forward, shared=())
     statistics = 4 * products.rows if call.itemsize("query") <= 4 else 8 * products.rows
     back = (products.scores, products.to_weights, products.to_values, products.to_query, products.to_key)
     backward = Work(back, read + 2 * out + statistics, operands)
-    return Price(forward, backward, statistics, ("query", "key", "value", "attn_mask", 0))
+    masks = () if mask else ("attn_mask",)
+    return Price(forward, backward, statistics + mask, ("query", "key", "value", *masks, 0))
+
+
+def _mask_as_numbers(call: GraphCall) -> Amount:
+    """Bytes of the copy that torch makes of a mask that says yes or no; 0 where there is none."""
+    if not any(value.dtype == torch.bool for value in call.values("attn_mask")):
+        return 0
+    return call.bytes("attn_mask") * call.itemsize("query")
 
 
 class _Products:
