@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,8 +74,24 @@ def error(case: dict[str, Any]) -> float:
 
 def run_alone(points: tuple[Point, ...], rounds: int) -> dict[str, dict[str, float]]:
     """Measure points of one process, taking turns."""
-    timings = race({point.name: point.run() for point in points}, rounds)
-    return {name: measured(timing) for name, timing in timings.items()}
+    runs = {point.name: (point.run(), point.in_a_row) for point in points}
+    times: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for round_ in range(rounds + 1):
+        for name, (run, in_a_row) in runs.items():
+            seconds = seconds_in_a_row(run, in_a_row)
+            if round_:
+                times[name].append(seconds)
+    return {name: measured(Timing(name, *zip(*here, strict=True))) for name, here in times.items()}
+
+
+def seconds_in_a_row(run: Callable[[], object], count: int) -> tuple[float, float]:
+    """(by the clock, of the processor) of one of `count` runs, after one that brings back into the caches
+    what the point before it has displaced."""
+    run()
+    busy, begin = time.process_time(), time.perf_counter()
+    for _ in range(count):
+        run()
+    return (time.perf_counter() - begin) / count, (time.process_time() - busy) / count
 
 
 def run_together(points: tuple[Point, ...], rounds: int, out: Path) -> dict[str, dict[str, float]]:

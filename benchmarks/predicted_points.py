@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -59,15 +59,24 @@ class Point:
         return 2 if self.parallel else 1
 
     @property
+    def in_a_row(self) -> int:
+        """Runs that are timed together: a decoder takes one step after the other."""
+        return 8 if self.phase == "decode" else 1
+
+    @property
     def letters(self) -> dict[str, int]:
         """The numbers that a cost asks for."""
         if self.phase == "decode":
             return {"B": self.batch, "n": 1, "m": 1, "L": self.sequence}
         return {"B": self.batch, "S": self.sequence}
 
-    @cached_property
+    @property
     def program(self) -> Program:
-        """The program, made when it is first asked for."""
+        """The program, made when it is first asked for; it does not go along to other processes."""
+        return _program_of(self)
+
+    def make(self) -> Program:
+        """A new one, always of the same weights."""
         torch.manual_seed(0)
         sizes = GPTConfig(self.vocabulary, self.sequence + 8, self.layers, self.width, self.heads, 0.0)
         moe = MOE[self.kind]
@@ -100,7 +109,7 @@ class Point:
             here = ranks_of(program).stretch((tokens, tokens))[0]
             return _forward(program.eval(), here)
         step, targets = OptimizerStep(program.train(), Train(lr=1e-4)), tokens.roll(-1, 1)
-        return lambda: step.take((tokens, targets), 1e-4)
+        return lambda: step.take((tokens, targets), 0.0)  # routing stays: kernels for its rows are there
 
     def _step_of_decoder(self) -> Callable[[], object]:
         decoder = self.program.eval().decoder()
@@ -108,6 +117,11 @@ class Point:
         tokens = torch.randint(0, self.vocabulary, (self.batch, 1))
         past, wanted = torch.full((self.batch,), self.sequence - 1), torch.zeros_like(tokens)
         return lambda: decoder.step(tokens, past, wanted, cache, self.sequence)
+
+
+@cache
+def _program_of(point: Point) -> Program:
+    return point.make()
 
 
 def ranks_of_data(program: Program | LocalProgram) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moec.cost.cost import Cost
 from moec.cost.measured import ATTENTION, Direction, Line, Measured, beside_products
 from moec.cost.numbers import numbered
+from moec.foresight import Phase
 from moec.objective import task_loss
 from moec.program import Program
 from moec.runtime.ops.work import Work

@@ -150,7 +150,7 @@ class Measured(Section):
         Raises `KeyError` for an operator that was not measured.
         """
         line = self.operators[operator][direction]
-        if operator == ATTENTION:
+        if operator == ATTENTION and work.products:
             return self.attention_seconds(work, direction, far) + line.at(0.0)
         products = self.products_seconds(work, operator, direction, far)
         return products + line.at(beside_products(work, operator, direction))
