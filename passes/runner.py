@@ -29,13 +29,14 @@ class Runner:
     """Runs a list of passes on a program.
 
     `verify`: `auto` proves contracts where that takes seconds, `full` always, `off` never. `disable`: names
-    of passes
-    to leave out. Raises what a pass's `requires` raises, and `VerifyError` when a contract is broken,
-    naming the pass and the tensor.
+    of passes to leave out. `in_place`: passes rewrite the very program they are given, and no snapshots are
+    kept: for one that is made to be read once. Raises what a pass's `requires` raises, and `VerifyError` when
+    a contract is broken, naming the pass and the tensor.
     """
 
     verify: str = "auto"
     disable: Collection[str] = ()
+    in_place: bool = False
     _seen: Observation | None = field(default=None, repr=False)
 
     def run(self, program: Program, passes: Iterable[Pass]) -> Program:
@@ -52,24 +53,26 @@ class Runner:
         return program
 
     def step(self, before: Program, rewrite: Pass) -> Program:
-        """One pass on a fork of `before`."""
+        """One pass on a fork of `before`, or on itself where that is asked for."""
         started = time.perf_counter()
         rewrite.requires(before)
         contract = rewrite.contract_for(before)
-        after = rewrite.apply(before.fork())
+        after = rewrite.apply(before if self.in_place else before.fork())
         propagate(after.graph)
         after.origins = after.origins.of_weights(name for name, _ in named_weights(after.graph))
         certificate = self._certify(rewrite, contract, before, after)
         took = time.perf_counter() - started
         after.certificates = (*before.certificates, replace(certificate, seconds=round(took, 3)))
-        after.with_snapshot(rewrite.name)
+        if not self.in_place:
+            after.with_snapshot(rewrite.name)
         return self._finish(after, rewrite)
 
     def _finish(self, program: Program, rewrite: Pass) -> Program:
         if rewrite.makes:
             check_stage(program.graph, rewrite.makes)
             program.stage = rewrite.makes
-            program.with_snapshot(rewrite.makes)
+            if not self.in_place:
+                program.with_snapshot(rewrite.makes)
         return program
 
     def require_names(self, passes: Iterable[Pass]) -> None:
@@ -113,7 +116,7 @@ class Runner:
 
     def _proves(self, before: Program, after: Program) -> bool:
         alone = after.rank is None  # the program of one rank does not run without the others
-        if self.verify == "off" or not alone or any(p.is_meta for p in after.parameters()):
+        if self.verify == "off" or self.in_place or not alone or any(p.is_meta for p in after.parameters()):
             return False
         return (
             self.verify == "full" or max(before.num_parameters(), after.num_parameters()) <= AUTO_PARAMETERS

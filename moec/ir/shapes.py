@@ -7,7 +7,9 @@ once, at the node that is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -38,13 +40,33 @@ def _known_shapes(root: fx.GraphModule) -> KnownShapes:
     first, device, inputs = placeholder(root.graph), _device_of(root), inputs_of(root.graph)
     known = first.meta.get("shapes")
     if not isinstance(known, KnownShapes) or (known.device, known.inputs) != (device, inputs):
-        known = first.meta["shapes"] = KnownShapes(device, inputs)
+        shared = _SHARED.get()
+        known = first.meta["shapes"] = shared.get((device, inputs)) or KnownShapes(device, inputs)
+        shared[device, inputs] = known
     return known
+
+
+@contextmanager
+def shapes_shared(known: Shared) -> Iterator[None]:
+    """Inside, graphs that are no forks of each other share what was learned about shapes too, if their inputs
+    are alike; it is kept in `known`, for the next time."""
+    token = _SHARED.set(known)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
 
 
 def _device_of(root: fx.GraphModule) -> torch.device:
     some = next(root.parameters(), None)
     return some.device if some is not None else torch.device("cpu")
+
+
+class _Forgetful(dict):  # type: ignore[type-arg]
+    """Keeps nothing: what holds where nothing is shared."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
 
 
 class KnownShapes:
@@ -102,6 +124,10 @@ class KnownShapes:
             # The arguments are kept, so that no other tensor can get the identity of one of them.
             self._calls[key] = self.intern(target(*args, **kwargs)), args, kwargs
         return self._calls[key][0]
+
+
+Shared = dict[tuple[torch.device, tuple[Input, ...]], KnownShapes]
+_SHARED: ContextVar[Shared] = ContextVar("shared shapes", default=_Forgetful())  # noqa: B039 - it stays empty
 
 
 def _likeness(value: Tensor) -> Any:

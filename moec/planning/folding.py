@@ -16,6 +16,7 @@ from moec.ir.results import tapped_layers
 from moec.passes.blocks import Block, blocks_of
 from moec.passes.keep_layers import KeepLayers
 from moec.passes.runner import Runner
+from moec.program import Program
 
 from .kinds import kinds_of, shared_weights
 
@@ -26,7 +27,7 @@ class Folding:
     `program` that the i-th block of the whole is like; `regions[i]`: the names of the regions of that block
     in the whole. `remark`: why nothing was folded, or empty."""
 
-    program: ir.Program
+    program: Program
     stands_for: tuple[int, ...] = ()
     regions: tuple[tuple[str, ...], ...] = ()
     remark: str = ""
@@ -37,7 +38,7 @@ class Folding:
         return not self.remark
 
 
-def fold(program: ir.Program) -> Folding:
+def fold(program: Program) -> Folding:
     """The folding of a program before placement, at stage *structured* or *sparse*; it stays as it is.
 
     Where blocks cannot be told apart, share weights, or are all different, the program stands for itself.
@@ -57,6 +58,8 @@ def fold(program: ir.Program) -> Folding:
         made = Runner(verify="off").run(program.fork(), [KeepLayers(keep)])
     except PassError as error:
         return Folding(program, remark=f"layers read each other: {error.where}: {error.found}")
+    assert isinstance(made, Program)
+    made.backend = program.backend
     named = tuple(block.regions for block in blocks)
     return Folding(made, stands_for(kinds, [_has_experts(block) for block in blocks], keep), named)
 

@@ -10,19 +10,30 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
-from moec.api import place
+import sympy
+
+from moec import ir
 from moec.cost.cost import Cost
-from moec.cost.read import read_operations
-from moec.foresight import Phase, graph_of
+from moec.cost.phases import TrainingStep, head_of, inference_operations, training_operations
+from moec.cost.read import read_graph
+from moec.cost.routing import Routing
+from moec.cost.weights import Weights
+from moec.decoder import DEFAULT_LENGTH
+from moec.foresight import Phase
 from moec.ir.mesh import ExpertAxes, Mesh
-from moec.plan import Parallel, Plan
+from moec.ir.shapes import Shared, shapes_shared
+from moec.ir.stand_in import with_stand_ins, without_stand_ins
+from moec.passes.pipeline import cached, fused, fused_decoder, partitioned, placed
+from moec.passes.place_dense import logits_split
+from moec.passes.runner import Runner
+from moec.plan import Parallel, Plan, Train
 from moec.program import Program
 
 from .arrangements import Space, mesh_of, ways_of_rows
 from .folding import Folding
 from .segments import number_of, segments_of
 from .space import dealt_out
-from .unfolding import unfolded
+from .unfolding import unfolded, unfolded_weights
 
 
 @dataclass(frozen=True)
@@ -36,9 +47,19 @@ class Arranged:
 class Lowering:
     """Costs of one program in one `phase`; `shapes`: those lowered so far."""
 
-    def __init__(self, folding: Folding, space: Space, phase: Phase) -> None:
-        self.folding, self.space, self.phase = folding, space, phase
+    def __init__(
+        self,
+        folding: Folding,
+        space: Space,
+        phase: Phase,
+        *,
+        train: Train | None = None,
+        routing: Routing | None = None,
+    ) -> None:
+        self.folding, self.space, self.phase, self.routing = folding, space, phase, routing
+        self.step = TrainingStep.of(train or Train())
         self.shapes: dict[Hashable, Cost] = {}
+        self._known: Shared = {}
         self._dealt: dict[int, Hashable] = {}
 
     def cost(self, parallel: Parallel) -> Arranged:
@@ -62,16 +83,45 @@ class Lowering:
         return mesh.data > 1, mesh.tensor > 1, self._dealt[mesh.tensor], tuple(layers)
 
     def _lowered(self, parallel: Parallel) -> Cost:
-        folding, world = self.folding, self.space.world
-        program = Program.of(folding.program.fork())
-        program.plan = (program.plan or Plan()).model_copy(update={"parallel": parallel})
-        local = graph_of(place(program, world), self.phase)
-        operations = read_operations(local.graph, local.layout, training=self.phase == "training")
+        folding, training = self.folding, self.phase == "training"
+        with shapes_shared(self._known):
+            placed, read = programs_of_rank(folding.program, parallel, self.space.world, self.phase)
+        reading = read_graph(read.graph, read.layout, training=training, routing=self.routing)
+        weights = Weights.of(read)
         if folding.folded:
             numbers = [number_of(regions) for regions in folding.regions]
-            segments = segments_of(local.graph, operations)
-            operations = unfolded(operations, segments, folding.stands_for, numbers)
-        return Cost(operations, self.phase, replace(mesh_of(self.space, parallel)))
+            segments = segments_of(read.graph, reading.operations)
+            reading = unfolded(reading, segments, folding.stands_for, numbers)
+            weights = unfolded_weights(weights, segments, folding.stands_for)
+        mesh, head = mesh_of(self.space, parallel), head_of(reading, logits_split(placed))
+        weights = replace(weights, mesh=mesh)
+        if training:
+            operations = training_operations(reading, head, weights, self.step)
+            return Cost(operations, self.phase, mesh, weights, self.step)
+        cache = sympy.Add(*(value.bytes for value in reading.inputs[3:]))
+        return Cost(inference_operations(reading, head), self.phase, mesh, weights, cache=cache)
+
+
+def programs_of_rank(
+    program: Program, parallel: Parallel, world: int, phase: Phase
+) -> tuple[ir.Program, ir.Program]:
+    """The program of rank 0 of `world`, and what of it runs in `phase`: to be read, not to be run.
+
+    The same passes as `program.partition(0)` and its decoder run, on a fork, without keeping stages and
+    without copies of weights.
+    """
+    runner = Runner(verify="off", in_place=True)
+    local = runner.run(program.fork(), placed(Plan(parallel=parallel), world))
+    if local.layout is not None:
+        local.rank = 0
+        local = runner.run(local, partitioned(0))
+    if phase == "decode":
+        length = program.source.max_positions or DEFAULT_LENGTH
+        derived = runner.run(with_stand_ins(local.fork()), cached(length))
+        return local, runner.run(without_stand_ins(derived).eval(), fused_decoder()).eval()
+    if program.backend == "fused":
+        return local, runner.run(local.fork(), fused())
+    return local, local
 
 
 def axes_between(lowered: Mesh, asked: Mesh) -> dict[str, int]:

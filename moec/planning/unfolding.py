@@ -12,23 +12,58 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from moec.cost.operation import Operation
+from moec.cost.read import Reading
+from moec.cost.value import Value
+from moec.cost.weights import Weight, Weights
 
 from .segments import Segments
 
 
 def unfolded(
-    operations: Sequence[Operation], segments: Segments, stands_for: Sequence[int], numbers: Sequence[int]
-) -> tuple[Operation, ...]:
-    """The operations of the whole; `stands_for[i]` is the block of the folded program that block i is like,
-    `numbers[i]` the number that the regions of block i have."""
-    writing = _Writing(operations, segments)
+    reading: Reading, segments: Segments, stands_for: Sequence[int], numbers: Sequence[int]
+) -> Reading:
+    """What reading the whole would give; `stands_for[i]` is the block of the folded program that block i is
+    like, `numbers[i]` the number that the regions of block i have."""
+    writing = _Writing(reading.operations, segments)
     writing.copy(range(segments.starts[0]))
     for block, number in zip(stands_for, numbers, strict=True):
         writing.block(block, number)
     writing.tail(stands_for, numbers)
-    return tuple(writing.written)
+    inputs = [value for i, value in enumerate(reading.inputs) if segments.input_of.get(i) is None]
+    for block in stands_for:
+        inputs += [value for i, value in enumerate(reading.inputs) if segments.input_of.get(i) == block]
+    return Reading(tuple(writing.written), tuple(inputs), _placed(reading.results, writing.place))
+
+
+def unfolded_weights(weights: Weights, segments: Segments, stands_for: Sequence[int]) -> Weights:
+    """All weights of a rank: those of a block once for every block it stands for, under names that differ."""
+    return replace(
+        weights,
+        parameters=_repeated(weights.parameters, segments, stands_for),
+        buffers=_repeated(weights.buffers, segments, stands_for),
+    )
+
+
+def _repeated(weights: Sequence[Weight], segments: Segments, stands_for: Sequence[int]) -> tuple[Weight, ...]:
+    made = [weight for weight in weights if weight.name not in segments.weight_of]
+    for number, block in enumerate(stands_for):
+        own = [weight for weight in weights if segments.weight_of.get(weight.name) == block]
+        made += [replace(weight, name=f"{number}: {weight.name}") for weight in own]
+    return tuple(made)
+
+
+def _placed(results: Any, place: Mapping[int, int]) -> Any:
+    """The results of a graph, made by the operations where they stand now."""
+    if isinstance(results, Mapping):
+        return {name: _placed(value, place) for name, value in results.items()}
+    if isinstance(results, list | tuple):
+        return type(results)(_placed(value, place) for value in results)
+    if not isinstance(results, Value):
+        return results
+    return replace(results, made=frozenset(place[index] for index in results.made))
 
 
 def term_layers(operations: Sequence[Operation], segments: Segments) -> dict[int, int]:
