@@ -29,7 +29,8 @@ def predict(cost: Cost, hardware: Hardware, *, captured: bool = False, **letters
     """The time of one run of `cost` on `hardware`, for batch, sequence and axes as in `letters`.
 
     `captured`: the program was recorded once and is started as a whole (a CUDA graph), so that the host
-    starts no operator by itself. Axes that are not given are as `cost` was read, or follow from those that
+    starts no operator by itself; of a program whose exchanges have sizes that are data, which a host reads,
+    it is what is left to gain. Axes that are not given are as `cost` was read, or follow from those that
     are. Raises `CostError` for a letter without a number, `MeshError` for a mesh that does not fit together
     or has more ranks than `hardware` devices, `PlanError` for a dtype that the device has no peak for.
     """
@@ -76,14 +77,17 @@ class _Plan:
         one, forward = self.operations[index], direction == "forward"
         if not forward and not (time.device or time.links or time.host):
             return
-        host = time.host
+        host, reads = time.host, time.reads
         if time.device or not time.links:
-            self._job(one, direction, Job(DEVICE, time.device, host, self._needs(one) if forward else ()))
-            host = 0.0
+            needs = self._needs(one) if forward else ()
+            self._job(one, direction, Job(DEVICE, time.device, host, needs, reads=reads))
+            host, reads = 0.0, False
         for link in time.links:
             holds = not forward or index not in self._awaited
-            self._job(one, direction, Job(link.stream, link.seconds, host, holds=holds), link.axis)
-            host = 0.0
+            self._job(
+                one, direction, Job(link.stream, link.seconds, host, holds=holds, reads=reads), link.axis
+            )
+            host, reads = 0.0, False
             if forward:
                 self._sent[index] = len(self.jobs) - 1
 

@@ -19,6 +19,9 @@ INSIDE, BETWEEN = "inside", "between"
 # What the device does for these is the sending itself, or waiting for it.
 _SENT_ONLY = ("_c10d_functional::", "moec::exchange")
 
+# Their kernels read on the host how many rows go where, which the device computes.
+READS = frozenset({"moec::exchange", "moec::gather_rows", "moec::scatter_rows"})
+
 
 @dataclass(frozen=True)
 class OnLink:
@@ -31,11 +34,13 @@ class OnLink:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one task: on the device, on links, of the host that starts it."""
+    """Seconds of one task: on the device, on links, of the host that starts it; whether the host needs what
+    the device has computed to do so."""
 
     device: float
     links: tuple[OnLink, ...]
     host: float
+    reads: bool = False
 
 
 class Prices:
@@ -67,7 +72,8 @@ class Prices:
         # An operator made of several kernels is several operators to the host; a view is one forward, and in
         # backward it is nearly nothing.
         starts = max(self.works[place].calls, 1.0 if task.direction == "forward" else 0.0)
-        return Time(device, tuple(one for one in links if one.seconds), self._host * starts)
+        reads = self._host > 0 and task.operator in READS
+        return Time(device, tuple(one for one in links if one.seconds), self._host * starts, reads)
 
     def _link(self, send: Send) -> OnLink:
         spread = self._mesh.spread(send.axis, self.hardware.per_node)

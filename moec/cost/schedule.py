@@ -21,7 +21,8 @@ class Job:
     """One thing to do. `stream`: `device`, or a class of links; `seconds` there; `host`: seconds to start it.
 
     `needs`: jobs that must be over, by index, all before this one. `holds`: the device waits until it is over
-    (a collective that its own kernel awaits).
+    (a collective that its own kernel awaits). `reads`: to start it the host needs numbers that the
+    device computes (how many rows go where), so it first waits until the device has done all it was given.
     """
 
     stream: str
@@ -29,11 +30,13 @@ class Job:
     host: float = 0.0
     needs: tuple[int, ...] = ()
     holds: bool = False
+    reads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """When a job runs, in seconds, and the job that it waited for last; None: it waited for the host."""
+    """When a job runs, in seconds, and the job that it waited for last, or that the host had waited for to start
+    it; None: it waited for the host alone."""
 
     begin: float
     end: float
@@ -44,12 +47,15 @@ def schedule(jobs: Sequence[Job]) -> list[Slot]:
     """When each of `jobs`, which are in the order in which the host starts them, begins and ends."""
     slots: list[Slot] = []
     free: dict[str, tuple[float, int | None]] = {DEVICE: (0.0, None)}
-    started = 0.0
+    started: float = 0.0
+    told: int | None = None
     for index, job in enumerate(jobs):
+        if job.reads and free[DEVICE][0] > started:
+            started, told = free[DEVICE]
         started += job.host
-        begin, cause = started, None
+        begin, cause = started, told
         for moment, other in (free[DEVICE], free.get(job.stream, (0.0, None))):
-            if moment > begin or (moment == begin and cause is None):
+            if moment > begin or (moment == begin and other is not None):
                 begin, cause = moment, other
         for need in job.needs:
             if slots[need].end > begin:

@@ -150,6 +150,15 @@ def test_a_slow_host_holds_everything_up_until_the_program_is_captured() -> None
     assert predict(cost, simple(host=2.0), captured=True).seconds == 4
 
 
+def test_a_host_that_reads_how_many_rows_go_waits_for_the_device() -> None:
+    """It would have been ahead: after the exchange it starts all over."""
+    cost = Cost((compute("a", 9), send(num_bytes=1, after=(0,)), compute("b"), wait(1)), "forward", MESH)
+    eager = predict(cost, simple(host=1.0))
+    assert times(eager) == [("a", 1, 10), ("sent", 11, 12), ("b", 12, 13), ("awaited", 13, 13)]
+    assert [step.operation.name for step in eager.critical] == ["a", "b", "awaited"]
+    assert predict(cost, simple(host=1.0), captured=True).seconds == 9 + 1
+
+
 def test_views_take_the_host_and_not_the_device() -> None:
     view = replace(compute("view"), kind="view", forward=NOTHING, backward=NOTHING)
     cost = Cost((view, view, compute()), "forward", MESH)
@@ -251,7 +260,9 @@ def test_everything_waits_for_what_it_reads_and_streams_do_one_thing_at_a_time(
         assert all(later.begin >= former.end for former, later in itertools.pairwise(own))
     way = found.critical
     assert way[-1].end == found.seconds
-    assert all(later.begin == former.end for former, later in itertools.pairwise(way))
+    assert all(later.begin >= former.end for former, later in itertools.pairwise(way))
+    if not hardware.device.host:
+        assert all(later.begin == former.end for former, later in itertools.pairwise(way))
 
 
 @given(graphs(), clusters(2))
