@@ -35,8 +35,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """When a job runs, in seconds, and the job that it waited for last, or that the host had waited for to start
-    it; None: it waited for the host alone."""
+    """When a job runs, in seconds, and the job that it waited for last, or that the host had waited for to
+    start it; None: it waited for the host alone."""
 
     begin: float
     end: float
