@@ -5,10 +5,10 @@ Two things are changed in the cost of moec's decoder (`paper_models.decode_cost`
 * Every operator of moec's graph stands for one kernel, one after the other, and views for nothing: a dense
   layer has twelve, about as many as DeepSpeed-Inference starts (norm, qkv, two for the cache, attention, out,
   sum, norm, up, activation, down, sum).
-* An expert layer is the published one (section 5.3 and 5.4, and the public `DeepSpeedMoEInference`): a gate in
-  two kernels; all slots of all experts exchanged, used or not, hierarchically, or, where ranks share tokens,
-  among those with the same place in their tensor group, and then gathered inside that (coordinated); the local
-  experts one after the other, each of them read.
+* An expert layer is the published one (section 5.3 and 5.4, and the public `DeepSpeedMoEInference`): a gate
+  in two kernels; all slots of all experts exchanged, used or not, hierarchically, or, where ranks share
+  tokens, among those with the same place in their tensor group, and then gathered inside that (coordinated);
+  the local experts one after the other, each of them read.
 
 Legend: T tokens of one tensor group, D model, F hidden, E experts, C slots of an expert.
 """

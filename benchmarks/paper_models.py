@@ -4,11 +4,11 @@
     compiled(served)                        # the whole program, on `meta`: its parameter total
     decode_cost(served, Place(world=128))   # one step of the decoder of one rank, as a `Cost`
 
-All layers of a model but the first and the last few are equal, so costs are read off a program with few layers
-and the operations of one pair of them (one dense, one sparse) are repeated (`repeated`). Widths, layers, ranks
-of a tensor group: Table 6 of the paper (arXiv 2201.05596) and of the blog that goes with it. The paper prints
-8B+MoE-128 with 30 layers and 24B+MoE-128 with 40, the blog the other way round; its totals, 349.0B and 1046.9B,
-are those of 40 and 30.
+All layers of a model but the first and the last few are equal, so costs are read off a program with few
+layers, and the operations of one pair of them (one dense, one sparse) are repeated (`repeated`). Widths,
+layers, ranks of a tensor group: Table 6 of the paper (arXiv 2201.05596), Table 3 of the blog that goes with
+it. The paper prints 8B+MoE-128 with 30 layers and 24B+MoE-128 with 40, the blog the other way round; the
+totals, 349.0B and 1046.9B, are those of 40 and 30.
 """
 
 from __future__ import annotations
@@ -136,11 +136,15 @@ def decode_cost(served: Served, place: Place) -> Cost:
     return repeated(cost, pairs)
 
 
+def total_parameters(served: Served) -> int:
+    """Of the whole model: of compiled programs with 4 and 6 layers, and as many more as it has."""
+    few, more = (compiled(served, None, layers).num_parameters() for layers in (4, 6))
+    return few + (more - few) * (served.layers - 4) // 2
+
+
 def shortened(served: Served) -> tuple[int, int]:
     """(layers of a program that has every kind of them, how often its second pair has to stand there)."""
-    few = 9 if served.layers % 2 else 8
-    if served.layers <= few:
-        return served.layers, 1
+    few = (6 if served.experts == served.last_two else 8) + served.layers % 2
     return few, (served.layers - few) // 2 + 1
 
 

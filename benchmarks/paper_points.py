@@ -1,9 +1,9 @@
 """What the DeepSpeed-MoE paper measured, and what is predicted of the same: one point of a curve at a time.
 
-The paper prints charts without numbers. Those of Figures 10, 11 and 14 stand as vectors in the slides of the same
-authors (DeepSpeed at SC22 and ICML 2022, in the folder docs/assets/files of the DeepSpeed repository), where the
-height of a bar can be read off to ±0.4 ms, and again off the throughput. 8 sequences to every tensor group follow
-from latency times throughput. How many positions the texts had is not said; here they have 256.
+The paper prints charts without numbers. Those of Figures 10, 11 and 14 stand as vectors in slides of the same
+authors (SC22 and ICML 2022, in docs/assets/files of the DeepSpeed repository), where the height of a bar can
+be read off to half a percent of the axis, and again off the throughput. That a tensor group has 8 sequences
+follows from latency times throughput. How long the texts were is not said; here they have 256 positions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from moec.cost import Cost, Hardware, Prediction, predict
 ROWS, POSITIONS = 8, 256
 PYTORCH, DEEPSPEED, MOEC = "PyTorch", "DeepSpeed-MoE", "moec"
 
-# The host of an Azure ND A100 v4, the paper's machine, is known from others: metaseq decodes OPT-175B eagerly on
-# eight of its A100 in 95 ms a token, and in 66 with one CUDA graph (facebookresearch/metaseq, pull request 270).
+# The host of an A100 machine of Azure, as the paper had them, is known from others: metaseq decodes OPT-175B
+# eagerly on eight A100 in 95 ms a token, in 66 with one CUDA graph (facebookresearch/metaseq, pull request 270).
 EAGER_175B = 95e-3
 
 
