@@ -203,6 +203,41 @@ def cost(
 
 
 @app.command()
+def plot(
+    model: Saved,
+    hardware: HardwareName = None,
+    over: Annotated[
+        str, typer.Option(help="What grows: ranks, batch, sequence, or past (of decode).")
+    ] = "batch",
+    of: Annotated[str, typer.Option(help="latency, or throughput in tokens a second.")] = "throughput",
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
+    ] = "plot.png",
+    plan: Annotated[
+        list[str] | None,
+        typer.Option("--plan", "-p", help="A TOML file, a shipped plan, or dense; may be repeated."),
+    ] = None,
+    phase: PhaseName = "training",
+    batch: RankBatch = None,
+    sequence: RankSequence = None,
+    past: Past = None,
+    ranks: World = None,
+    low: Annotated[int | None, typer.Option("--from", metavar="N", min=1, help="Where it begins.")] = None,
+    high: Annotated[int | None, typer.Option("--to", metavar="N", min=1, help="Where it ends.")] = None,
+) -> None:
+    """Draw what plans will take on hardware, as ranks, batch or length grow by doubling.
+
+    moec plot examples/gpt.py:small -p dense -p moe --hardware a100x8 --sequence 64 --out plot.svg
+    """
+    from moec.commands.foreseen import Asked
+    from moec.commands.plot import Plotted
+    from moec.commands.plot import plot as draw_plot
+
+    asked = Asked(phase, batch, sequence, past, ranks, hardware)
+    draw_plot(model, plan or ["dense"], asked, Plotted(over, of, out, low, high))
+
+
+@app.command()
 def explain(
     model: Saved,
     about: Annotated[
