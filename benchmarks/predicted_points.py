@@ -94,7 +94,7 @@ class Point:
 
     def predict(self, hardware: Hardware) -> Prediction:
         """How long it should take."""
-        return predict(self.cost(), hardware, **self.letters)
+        return predict(self.cost(), hardware, captured=False, **self.letters)
 
     def run(self) -> Callable[[], object]:
         """One run of it in this process, on random tokens; of its rank, where it has several."""

@@ -37,10 +37,11 @@ class Effort:
     messages: Sequence[int]
     runs: int
     rounds: int
+    patience: float = 0.25
 
 
 FULL = Effort(Sizes(), tuple(references.PLANS), references.SHAPES, optimizer.SIZES, links.SIZES, 6, 40)
-QUICK = Effort(grids.QUICK, ("top-1",), references.QUICK, optimizer.QUICK, links.QUICK, 2, 8)
+QUICK = Effort(grids.QUICK, ("dense", "top-1"), references.QUICK, optimizer.QUICK, links.QUICK, 3, 8, 0.0)
 
 
 def calibrate(
@@ -70,14 +71,15 @@ _ALONE = Link(latency=0.0, bandwidth=1.0)  # of one rank, which sends nothing
 
 
 def _with_operators(watch: Stopwatch, known: Measured, effort: Effort, told: Told) -> Measured:
-    sights = Sights(watch, effort.runs)
+    sights = Sights(watch, effort.runs, effort.patience)
     for name, shape, program in references.references(effort.shapes, effort.programs):
         told(f"operators of a {name} program, width {shape.width}")
         sights.look_at(program, shape)
     told("optimizer")
     operators = lines(sights.seen, known) | optimizer.measure_optimizer(watch, effort.weights)
     about = known.about.model_copy(update={"wall_over_busy": round(watch.wall_over_busy, 3)})
-    return known.model_copy(update={"operators": operators, "about": about})
+    between = sights.seconds_between()
+    return known.model_copy(update={"operators": operators, "between": between, "about": about})
 
 
 def _measured(

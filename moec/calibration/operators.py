@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from .references import Shape
 from .watched import Times, WatchedRun
 
 _LOSS = "loss.cross_entropy"  # as `moec.cost.loss` names it
+_FEWEST, _MOST, _LONG = 3, 40, 2.0  # runs; seconds after which the fewest will do
 _FIRST = 2  # runs that are not counted: the first ones find nothing where it will be
 
 
@@ -44,7 +46,9 @@ class Sights:
 
     watch: Stopwatch
     runs: int = 6
+    patience: float = 0.25
     seen: list[Sight] = field(default_factory=list)
+    between: dict[Direction, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def look_at(self, program: Program, shape: Shape) -> None:
         """Train, run and decode `program`, which is left as it was but for its gradients."""
@@ -66,38 +70,74 @@ class Sights:
 
     def _train(self, program: Program, tokens: Tensor, letters: Mapping[str, int]) -> None:
         watched = WatchedRun(program.graph, self.watch.now)
-        for _ in range(_FIRST + self.runs):
-            out = watched.run(tokens)
+
+        def loss_of(out: Any) -> tuple[Tensor, Any]:
             logits, terms = out if isinstance(out, tuple) else (out, {})
             begin = self.watch.now()
             task = task_loss(logits, tokens)
             watched.forward[_LOSS].append(self.watch.now() - begin)
-            until_first = watched.run_backward(task + terms.get("balance", 0.0) + terms.get("z", 0.0))
-            watched.backward[_LOSS].append(until_first)
+            return task, terms.get("balance", 0.0) + terms.get("z", 0.0)
+
+        def watch() -> None:
+            task, others = loss_of(watched.run(tokens))
+            watched.backward[_LOSS].append(watched.run_backward(task + others))
             program.graph.zero_grad()
+
+        def plain() -> None:
+            program.loss_terms(tokens, tokens)["loss"].backward()
+            program.graph.zero_grad()
+
+        whole = self._both(watch, plain)
         cost = program.cost("training")
+        first = len(self.seen)
         self._note(cost, letters, "forward", watched.forward)
+        operators = len(self.seen) - first
         self._note(cost, letters, "backward", watched.backward)
+        self._spare("forward", whole, self.seen[first:], operators)
 
     @torch.no_grad()
     def _run(self, program: Program, tokens: Tensor, letters: Mapping[str, int]) -> None:
-        self._watch(program.graph, program.cost("forward"), letters, (tokens,))
+        watched = WatchedRun(program.graph, self.watch.now)
+        self._both(lambda: watched.run(tokens), lambda: program.graph(tokens))
+        self._note(program.cost("forward"), letters, "inference", watched.forward)
 
-    @torch.inference_mode()
     def _decode(self, program: Program, shape: Shape) -> None:
-        decoder, cost = program.decoder(), program.cost("decode")
-        rows, length = shape.batch, shape.past
+        decoder, rows, length = program.decoder(), shape.batch, shape.past
         cache = decoder.new_cache(rows, length)
-        past = torch.full((rows,), length - 1)
-        given = (torch.zeros(rows, 1, dtype=torch.int64), past, torch.zeros(rows, 1, dtype=torch.int64))
-        letters = {"B": rows, "n": 1, "m": 1, "L": length}
-        self._watch(decoder.fused.graph, cost, letters, (*given, *cache.views(rows, length)))
+        past, wanted = torch.full((rows,), length - 1), torch.zeros(rows, 1, dtype=torch.int64)
+        tokens = torch.zeros(rows, 1, dtype=torch.int64)
+        watched = WatchedRun(decoder.fused.graph, self.watch.now)
 
-    def _watch(self, graph: Any, cost: Cost, letters: Mapping[str, int], given: Sequence[Any]) -> None:
-        watched = WatchedRun(graph, self.watch.now)
-        for _ in range(_FIRST + self.runs):
-            watched.run(*given)
-        self._note(cost, letters, "inference", watched.forward)
+        def watch() -> None:
+            with torch.inference_mode():
+                watched.run(tokens, past, wanted, *cache.views(rows, length))
+
+        whole = self._both(watch, lambda: decoder.step(tokens, past, wanted, cache, length))
+        letters, first = {"B": rows, "n": 1, "m": 1, "L": length}, len(self.seen)
+        self._note(program.cost("decode"), letters, "inference", watched.forward)
+        self._spare("inference", whole, self.seen[first:], len(self.seen) - first)
+
+    def _both(self, watch: Callable[[], object], plain: Callable[[], object]) -> float:
+        """Run one and the other in turn; gives the seconds of the plain one."""
+        times: list[float] = []
+        begin = time.perf_counter()
+        while self._wants_more(len(times), time.perf_counter() - begin):
+            watch()
+            start = self.watch.now()
+            plain()
+            times.append(self.watch.now() - start)
+        return typical(times)
+
+    def _wants_more(self, runs: int, seconds: float) -> bool:
+        """Whether to go on: for all the runs, fewer of slow programs, more of fast ones."""
+        counted = runs - _FIRST
+        if counted < self.runs:
+            return counted < _FEWEST or seconds < _LONG
+        return seconds < self.patience and counted < _MOST
+
+    def _spare(self, direction: Direction, whole: float, seen: Sequence[Sight], operators: int) -> None:
+        """Note what passes between operators, in a run that took `whole`."""
+        self.between[direction].append((whole - sum(sight.seconds for sight in seen)) / operators)
 
     def _note(self, cost: Cost, letters: Mapping[str, int], direction: Direction, times: Times) -> None:
         evaluator = cost.evaluator
@@ -112,8 +152,17 @@ class Sights:
         for name, seconds in times.items():
             if name in works:
                 operator, work = works[name]
-                typical = statistics.median_low(sorted(seconds[_FIRST:])[: self.runs // 2 + 1])
-                self.seen.append(Sight(operator, direction, work, working, typical))
+                self.seen.append(Sight(operator, direction, work, working, typical(seconds)))
+
+    def seconds_between(self) -> dict[Direction, float]:
+        """Seconds that pass between one operator and the next, in the middle of all programs."""
+        return {direction: max(0.0, statistics.median(here)) for direction, here in self.between.items()}
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The middle of the faster half of runs, without the first ones."""
+    counted = sorted(seconds[_FIRST:])
+    return statistics.median_low(counted[: len(counted) // 2 + 1])
 
 
 def lines(seen: Sequence[Sight], measured: Measured) -> dict[str, dict[str, Line]]:

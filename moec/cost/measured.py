@@ -124,6 +124,9 @@ class Measured(Section):
     products: dict[str, Grid] = Field(description="Library → grid; `NAME backward`: gradients of weights.")
     attention: dict[str, Grid] = Field(description="Seconds of one head by queries, keys and depth.")
     operators: dict[str, dict[str, Line]] = Field(description="Operator → direction → line.")
+    between: dict[str, float] = Field(
+        default_factory=dict, description="Direction → seconds from one operator to the next."
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Measured:
@@ -149,11 +152,11 @@ class Measured(Section):
 
         Raises `KeyError` for an operator that was not measured.
         """
-        line = self.operators[operator][direction]
+        line, between = self.operators[operator][direction], self.between.get(direction, 0.0)
         if operator == ATTENTION and work.products:
-            return self.attention_seconds(work, direction, far) + line.at(0.0)
+            return between + self.attention_seconds(work, direction, far) + line.at(0.0)
         products = self.products_seconds(work, operator, direction, far)
-        return products + line.at(beside_products(work, operator, direction))
+        return between + products + line.at(beside_products(work, operator, direction))
 
     def products_seconds(self, work: Work, operator: str, direction: Direction, far: float) -> float:
         """Of the products of one call alone."""
