@@ -2,6 +2,7 @@
 
 from .cost import Cost
 from .device import Device
+from .generation import Generation, predict_generation
 from .hardware import Hardware
 from .link import Link, Way
 from .operation import Operation, Sending
@@ -12,6 +13,7 @@ from .symbols import meaning, symbol
 __all__ = [
     "Cost",
     "Device",
+    "Generation",
     "Hardware",
     "Link",
     "Operation",
@@ -20,6 +22,7 @@ __all__ = [
     "Way",
     "meaning",
     "predict",
+    "predict_generation",
     "read_operations",
     "symbol",
 ]
