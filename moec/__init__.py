@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from moec.ir.rewrite import Pass
     from moec.plan import Plan
+    from moec.planning.search import search
     from moec.program import Program
     from moec.teaching import teaching_of
 
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "compile",
     "load",
+    "search",
     "teaching_of",
 ]
 
@@ -60,6 +62,7 @@ _HOME = {
     "Pass": "moec.ir.rewrite",
     "Plan": "moec.plan",
     "Program": "moec.program",
+    "search": "moec.planning.search",
     "teaching_of": "moec.teaching",
 }
 _ROOMS = ("capture", "cost", "ir", "passes", "plan", "runtime", "testing", "view")

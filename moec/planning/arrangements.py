@@ -23,11 +23,12 @@ assert sorted(EXCHANGES) == sorted(get_args(AllToAll))
 @dataclass(frozen=True)
 class ExpertLayer:
     """One expert layer: its name, its number of `experts`, and into how many slices each of them is cut when
-    the plan asks for so many (`ways`); numbers that are not there cannot be had."""
+    the plan asks for so many (`ways`); numbers that are not there cannot be had. `bytes`: of all experts."""
 
     name: str
     experts: int
     ways: Mapping[int, int] = field(default_factory=lambda: {1: 1})
+    bytes: int = 0
 
     def axes(self, parallel: Parallel, world: int) -> ExpertAxes:
         """The axes it gets on `world` ranks."""
@@ -73,6 +74,13 @@ def ways_of_rows(space: Space, parallel: Parallel) -> list[tuple[bool, bool]]:
 def effect(space: Space, parallel: Parallel) -> Hashable:
     """What two arrangements have in common that come to the same program."""
     return mesh_of(space, parallel), tuple(ways_of_rows(space, parallel))
+
+
+def least_bytes(space: Space, parallel: Parallel) -> int:
+    """Bytes of experts that a rank holds at least, known before anything is lowered: no part of an expert is
+    smaller than a slice of it."""
+    axes = [(layer.bytes, layer.axes(parallel, space.world)) for layer in space.layers]
+    return sum(held // (one.expert * one.slice) for held, one in axes)
 
 
 def divisors(number: int) -> list[int]:

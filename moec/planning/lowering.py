@@ -7,13 +7,17 @@ out. A cost has the numbers of ranks as letters, so the first of a shape tells t
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import sympy
 
 from moec import ir
+from moec.cost.arranged import arranged
 from moec.cost.cost import Cost
+from moec.cost.lambdified import Numbers, lambdified
 from moec.cost.phases import TrainingStep, head_of, inference_operations, training_operations
 from moec.cost.read import read_graph
 from moec.cost.routing import Routing
@@ -36,12 +40,46 @@ from .space import dealt_out
 from .unfolding import unfolded, unfolded_weights
 
 
+class Shape:
+    """What was lowered once: its `cost`, whose memory is computed for any letters."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[Callable[..., Numbers], list[str]]]:
+        memory, found = self.cost.memory, {}
+        for name, amount in {**memory.parts, "total": memory.total}.items():
+            letters = sorted(map(str, sympy.sympify(amount).free_symbols))
+            found[name] = lambdified(amount, letters), letters
+        return found
+
+    def memory(self, letters: Mapping[str, int]) -> dict[str, int]:
+        """Bytes of one rank by part, and in `total`, as `Memory.numbers` has them."""
+        given = {**self.cost.mesh.axes(), **letters}
+        return {
+            name: math.ceil(float(compute(*(given[letter] for letter in names))))
+            for name, (compute, names) in self._parts.items()
+        }
+
+
 @dataclass(frozen=True)
 class Arranged:
-    """The cost of an arrangement: `cost`, and the numbers of ranks that its letters have there."""
+    """The cost of an arrangement: that of its `shape`, and the numbers of ranks that its letters have there:
+    `axes` those that are free, `ranks` all of them."""
 
-    cost: Cost
+    shape: Shape
     axes: dict[str, int]
+    ranks: dict[str, int]
+
+    @property
+    def cost(self) -> Cost:
+        """In letters."""
+        return self.shape.cost
+
+    def memory(self, letters: Mapping[str, int]) -> dict[str, int]:
+        """Bytes of one rank by part, and in `total`, for these batch and sequence."""
+        return self.shape.memory({**self.ranks, **letters})
 
 
 class Lowering:
@@ -58,7 +96,7 @@ class Lowering:
     ) -> None:
         self.folding, self.space, self.phase, self.routing = folding, space, phase, routing
         self.step = TrainingStep.of(train or Train())
-        self.shapes: dict[Hashable, Cost] = {}
+        self.shapes: dict[Hashable, Shape] = {}
         self._known: Shared = {}
         self._dealt: dict[int, Hashable] = {}
 
@@ -66,9 +104,10 @@ class Lowering:
         """The cost of the whole program, arranged so."""
         shape = self.shape(parallel)
         if shape not in self.shapes:
-            self.shapes[shape] = self._lowered(parallel)
+            self.shapes[shape] = Shape(self._lowered(parallel))
         found, mesh = self.shapes[shape], mesh_of(self.space, parallel)
-        return Arranged(found, axes_between(found.mesh, mesh))
+        axes = axes_between(found.cost.mesh, mesh)
+        return Arranged(found, axes, arranged(found.cost.mesh, axes).numbers)
 
     def shape(self, parallel: Parallel) -> Hashable:
         """What programs of one shape have in common."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -19,14 +20,14 @@ from moec.plan import Parallel
 from .arrangements import ExpertLayer, Space, divisors
 from .folding import Folding
 
+MATRICES = 3  # dims of the weights of experts that slices cut; biases are not always cut
+
 
 def space_of(folding: Folding, world: int, given: Parallel, fixed: Mapping[str, Any]) -> Space:
     """The space of the whole program, on `world` ranks; see `Space` for `given` and `fixed`."""
     root = folding.program.graph
     found = {name: _layer(name, module, world) for name, module in regions(root, "moe").items()}
-    layers = tuple(
-        ExpertLayer(name, found[like].experts, found[like].ways) for name, like in _layers(folding)
-    )
+    layers = tuple(replace(found[like], name=name) for name, like in _layers(folding))
     return Space(world, layers, num_heads(root), given, fixed)
 
 
@@ -62,4 +63,6 @@ def _layer(name: str, module: fx.GraphModule, world: int) -> ExpertLayer:
             ways[asked] = 1 if asked == 1 or slices_of(module, asked, name)[1] else asked
         except PlanError:  # it does not divide the hidden units
             continue
-    return ExpertLayer(name, region.settings["experts"], ways)
+    held = [module.get_parameter(leaf) for leaf in region.settings["expert_parameters"]]
+    num_bytes = sum(weight.numel() * weight.dtype.itemsize for weight in held if weight.dim() == MATRICES)
+    return ExpertLayer(name, region.settings["experts"], ways, num_bytes)
