@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -21,6 +21,9 @@ from moec.plan.source import locate, parse, read
 
 from .device import Device
 from .link import Link, Way
+
+if TYPE_CHECKING:
+    from .topology import Topology
 
 SHIPPED = Path(__file__).parent / "shipped"
 _COUNTED = re.compile(r"(?P<name>.+?)x(?P<world>\d+)")
@@ -87,6 +90,12 @@ class Hardware(Section):
             found = f"{world} devices, {self.per_node} of them to a node, and no [between]"
             raise MeshError(self.device.name, found, "what connects nodes")
         return self.model_copy(update={"nodes": world // self.per_node})
+
+    def topology(self) -> Topology:
+        """What is connected to what, as a networkx graph."""
+        from .topology import Topology  # networkx takes a while to import, and few ask
+
+        return Topology(self)
 
     def require_world(self, world: int, what: str = "the program") -> None:
         """Raises `MeshError` where there are fewer devices than ranks."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.cost import Device, Hardware, Operation
+from moec.cost import Device, Hardware, Link, Operation, Way
 from moec.cost.hardware import SHIPPED
 from moec.errors import MeshError, PlanError
 from moec.runtime.ops.work import Product, Work
@@ -230,3 +231,12 @@ def test_no_product_is_faster_than_its_peak(device: Device, m: int, n: int, k: i
     work = work_of(m, n, k, 1)
     found = device.seconds(work, operation(), "forward")
     assert found >= work.flops / device.peak["float32"] * (1 - 1e-9)
+
+
+def test_the_page_describes_every_key() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hardware.md").read_text(encoding="utf-8")
+    sections = {"": Hardware, "device.": Device, "inside.": Link, "between.": Link, "ways.": Way}
+    for prefix, section in sections.items():
+        for key in section.model_fields:
+            if key not in ("device", "inside", "between", "ways"):
+                assert f"`{prefix}{key}`" in page, f"{prefix}{key}"

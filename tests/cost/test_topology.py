@@ -106,7 +106,7 @@ def rings(group: tuple[int, ...], per_node: int) -> list[list[int]]:
 
 
 def test_it_is_drawn() -> None:
-    topology = Topology(a_cluster(per_node=2, nodes=2))
+    topology = a_cluster(per_node=2, nodes=2).topology()
     lines = topology.dot().splitlines()
     assert '  "device 0 0" -- "switch 0" [label="1e-07 GB/s"]' in lines
     # Four devices with two links each, four cards to rails, two rails to the spine.
