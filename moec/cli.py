@@ -414,6 +414,45 @@ def bisect(
 
 
 @app.command()
+def plan(
+    model: Saved,
+    cluster: Annotated[
+        str, typer.Option("--cluster", "-c", metavar="FILE|NAME", help="Hardware: a file, or a100x256.")
+    ],
+    plan: PlanName = None,
+    objective: Annotated[
+        str, typer.Option(help="Shortest token (latency), most tokens (throughput), or training step.")
+    ] = "latency",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences on all ranks together; left out: one a rank.")
+    ] = None,
+    sequence: RankSequence = None,
+    past: Past = None,
+    ranks: World = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="A rank may hold: 38GB; left out: all there is.")
+    ] = None,
+    captured: Annotated[bool, typer.Option(help="Started as a whole, as a CUDA graph is.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="How many to show.")] = 5,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="FILE", help="Write the best plan here.")
+    ] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Search for the fastest arrangement of ranks within their memory, and say why the others lost.
+
+    The plan given says what becomes sparse; what its parallel table fixes stays. Nothing is run.
+
+    moec plan examples/gpt.py:small --plan moe --cluster a100x8 --batch 64 --out best.toml
+    """
+    from moec.commands.plan import Wanted, run
+
+    wanted = Wanted(cluster, objective, batch, sequence, past, ranks, max_memory, captured)
+    run(model, plan, wanted, out=out, top=top, trust=trust, as_json=as_json)
+
+
+@app.command()
 def plans(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.")] = None,
     as_json: Json = False,
