@@ -90,7 +90,7 @@ class EagerTrace(TorchDispatchMode):
 def _kind(name: str) -> str:
     if name in _PRODUCTS:
         return "product"
-    return kind_of(name.replace("native_", ""), "")
+    return kind_of(name.replace("native_", ""))
 
 
 def _is_view(func: OpOverload) -> bool:

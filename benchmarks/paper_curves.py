@@ -1,6 +1,6 @@
 """The paper's curves, predicted: latency of a token, and memory, beside what was published.
 
-    python -m benchmarks.paper_curves             # everything anew: the record, and the tables of docs/paper.md
+    python -m benchmarks.paper_curves             # everything anew: record and tables of docs/paper.md
     python -m benchmarks.paper_curves --missing   # only what the record does not have yet
     python -m benchmarks.paper_curves --tables    # the tables again, of the record as it is
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks import page
 from benchmarks.paper_memory import NEEDS, need_of
-from benchmarks.paper_models import SERVED, total_parameters
+from benchmarks.paper_models import SERVED, Served, total_parameters
 from benchmarks.paper_points import POINTS, Point, found_of, host_seconds
 from benchmarks.paper_tables import tables
 from benchmarks.paper_training import RUNS, trained
@@ -53,14 +54,15 @@ def predicted(point: Point) -> Record:
 def tasks() -> dict[str, dict[str, Callable[[], Any]]]:
     """Everything that the record holds, by section and name, and how it is made."""
     return {
-        "totals": {name: lambda model=model: total_parameters(model) for name, model in SERVED.items()},
-        "memory": {
-            f"{model.name} · {ranks}": lambda model=model, ranks=ranks: vars(need_of(model, ranks))
-            for model, ranks in NEEDS
-        },
-        "training": {run.model.name: lambda run=run: trained(run) for run in RUNS},
-        "points": {key(point): lambda point=point: predicted(point) for point in POINTS},
+        "totals": {name: partial(total_parameters, model) for name, model in SERVED.items()},
+        "memory": {f"{model.name} · {ranks}": partial(_needed, model, ranks) for model, ranks in NEEDS},
+        "training": {run.model.name: partial(trained, run) for run in RUNS},
+        "points": {key(point): partial(predicted, point) for point in POINTS},
     }
+
+
+def _needed(model: Served, ranks: int) -> Record:
+    return vars(need_of(model, ranks))
 
 
 def fill(record: Record, out: Path) -> Record:

@@ -20,7 +20,7 @@ ROWS, POSITIONS = 8, 256
 PYTORCH, DEEPSPEED, MOEC = "PyTorch", "DeepSpeed-MoE", "moec"
 
 # The host of an A100 machine of Azure, as the paper had them, is known from others: metaseq decodes OPT-175B
-# eagerly on eight A100 in 95 ms a token, in 66 with one CUDA graph (facebookresearch/metaseq, pull request 270).
+# eagerly on eight A100 in 95 ms a token, in 66 with one CUDA graph (facebookresearch/metaseq, pull 270).
 EAGER_175B = 95e-3
 
 

@@ -53,6 +53,6 @@ def _step(run: Run, layers: int) -> tuple[float, float]:
     """(seconds, operations of one rank) of a step of a model with fewer layers."""
     model = replace(run.model, tensor=run.tensor)
     cost = compiled(model, Place.of(model, WORLD), layers).cost("training")
-    letters = {"B": run.batch * run.tensor // WORLD, "S": SEQUENCE}
-    flops = cost.number(cost.flops, **letters)
-    return predict(cost, cluster(WORLD), **letters).seconds, flops
+    rows = run.batch * run.tensor // WORLD
+    flops = cost.number(cost.flops, B=rows, S=SEQUENCE)
+    return predict(cost, cluster(WORLD), B=rows, S=SEQUENCE).seconds, flops
