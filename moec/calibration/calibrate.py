@@ -20,7 +20,8 @@ from moec.cost.measured import VERSION, About, Grid, Line, Measured
 from . import grids, links, optimizer, references
 from .clock import Stopwatch
 from .grids import Sizes
-from .operators import Sights, lines
+from .links import Between, Messages
+from .operators import Sight, Sights, lines
 from .references import Shape
 
 Told = Callable[[str], object]
@@ -60,23 +61,28 @@ def calibrate(
     told("attention, by shape")
     attention = grids.measure_attention(watch, effort.sizes)
     known = _measured(watch, caches, products, attention, command)
-    measured = _with_operators(watch, known, effort, told)
-    told(f"messages between {ranks} processes")
-    link, ways = links.measure_links(ranks, effort.messages, effort.rounds) if ranks > 1 else (_ALONE, ())
-    device = _device(measured)
-    return Hardware(device=device, inside=link, per_node=ranks, ways=ways)
+    between = _ALONE
+    if ranks > 1:
+        told(f"messages between {ranks} processes")
+        shapes = effort.shapes[1::2]
+        between = links.measure_links(Messages(ranks, effort.messages, effort.rounds, shapes))
+    measured = _with_operators(watch, known, between.seen, effort, told)
+    return Hardware(device=_device(measured), inside=between.link, per_node=ranks, ways=between.ways)
 
 
-_ALONE = Link(latency=0.0, bandwidth=1.0)  # of one rank, which sends nothing
+_ALONE = Between(Link(latency=0.0, bandwidth=1.0), (), ())  # one rank sends nothing
 
 
-def _with_operators(watch: Stopwatch, known: Measured, effort: Effort, told: Told) -> Measured:
+def _with_operators(
+    watch: Stopwatch, known: Measured, of_ranks: Sequence[Sight], effort: Effort, told: Told
+) -> Measured:
     sights = Sights(watch, effort.runs, effort.patience)
     for name, shape, program in references.references(effort.shapes, effort.programs):
         told(f"operators of a {name} program, width {shape.width}")
         sights.look_at(program, shape)
     told("optimizer")
-    operators = lines(sights.seen, known) | optimizer.measure_optimizer(watch, effort.weights)
+    found = lines(of_ranks, known) | lines(sights.seen, known)
+    operators = found | optimizer.measure_optimizer(watch, effort.weights)
     about = known.about.model_copy(update={"wall_over_busy": round(watch.wall_over_busy, 3)})
     between = sights.seconds_between()
     return known.model_copy(update={"operators": operators, "between": between, "about": about})

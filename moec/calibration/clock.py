@@ -16,7 +16,7 @@ class Stopwatch:
     """Measures with `threads` threads; `wall` and `busy` add up what all measurements took."""
 
     threads: int = 1
-    patience: float = 0.006
+    patience: float = 0.005
     rounds: int = 4
     wall: float = 0.0
     busy: float = 0.0

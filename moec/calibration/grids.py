@@ -24,7 +24,7 @@ class Sizes:
     """What grids are measured at; products of more than `most` operations are left to proportion."""
 
     rows: Sequence[int] = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
-    widths: Sequence[int] = (32, 128, 512, 2048)
+    widths: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048)
     tokens: Sequence[int] = (4, 16, 64, 256, 1024, 4096)
     lengths: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024)
     heads: Sequence[int] = (16, 32, 64, 128)
@@ -150,13 +150,14 @@ def _one_query(watch: Stopwatch, sizes: Sizes) -> Grid:
 
 @torch.inference_mode()
 def measure_caches(watch: Stopwatch) -> Line:
-    """Seconds to read one byte, where so many bytes are read in turn."""
-    piece = 1 << 18
-    footprints = [piece << shift for shift in range(1, 10)] + [FAR]
-    shapes = [(piece // 4,)]
-    times = [_passes(watch, Pool(size), shapes, size // piece) for size in footprints]
-    return Line(bytes=[float(size) for size in footprints], seconds=[time / piece for time in times])
-
-
-def _passes(watch: Stopwatch, pool: Pool, shapes: Shapes, pieces: int) -> float:
-    return pool.least(watch, shapes, torch.sum, pieces)
+    """Seconds to read one byte of weights for one row, where so many bytes are read in turn."""
+    width = 256
+    piece, shapes = 4 * width * width, [(1, width), (width, width)]
+    footprints = [NEAR << shift for shift in range(5)] + [NEAR * 3, NEAR * 6, FAR]
+    found = []
+    for size in sorted(footprints):
+        pool = Pool(size)
+        for _ in range(size // piece):  # once through, so that it lies where it will
+            torch.sum(pool.take((width, width)))
+        found.append(pool.least(watch, shapes, torch.ops.aten.linear.default, min(64, size // piece)) / piece)
+    return Line(bytes=[float(size) for size in sorted(footprints)], seconds=found)

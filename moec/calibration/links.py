@@ -1,4 +1,8 @@
-"""Gloo between processes of this machine: seconds of a collective as a start and so many bytes a second."""
+"""Processes of this machine that send to each other by gloo.
+
+A collective takes a start and so many bytes a second. What ranks do beside that (rows put in order, shares of
+losses) is timed as all operators are, in a program whose experts are dealt out.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.queues import SimpleQueue
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +24,14 @@ from moec.cost.link import Link, Way
 from moec.ir.mesh import WORLD, Mesh
 from moec.runtime.mesh import connected
 
+from .clock import Stopwatch
+from .operators import Sight, Sights
+from .references import Shape, placed
+
 SIZES: Sequence[int] = (1 << 10, 32 << 10, 512 << 10, 4 << 20, 16 << 20)
 QUICK: Sequence[int] = (1 << 10, 256 << 10)
 
+_SENDING = ("_c10d_functional::", "moec::exchange")
 _collectives = torch.ops._c10d_functional
 Call = Callable[[Tensor, int], Tensor]
 _CALLS: Mapping[str, Call] = {
@@ -36,14 +45,41 @@ _CALLS: Mapping[str, Call] = {
 Points = dict[str, list[tuple[float, float]]]
 
 
-def measure_links(ranks: int, sizes: Sequence[int], rounds: int) -> tuple[Link, tuple[Way, ...]]:
-    """The link between two processes, and how each collective goes over it, measured with `ranks` of them."""
-    found: SimpleQueue[Points] = get_context("spawn").SimpleQueue()
-    start_processes(_run_rank, (ranks, _free_port(), list(sizes), rounds, found), ranks, start_method="spawn")
-    points = found.get()
+@dataclass(frozen=True)
+class Messages:
+    """What is sent and how often; `shapes`: of the programs that are watched meanwhile."""
+
+    ranks: int
+    sizes: Sequence[int]
+    rounds: int
+    shapes: Sequence[Shape]
+
+
+@dataclass(frozen=True)
+class Between:
+    """What was found: the link between two processes, how collectives go over it, and operators seen."""
+
+    link: Link
+    ways: tuple[Way, ...]
+    seen: tuple[Sight, ...]
+
+
+def measure_links(messages: Messages) -> Between:
+    """Start the processes, which measure; gives what the first of them found."""
+    found: Any = get_context("spawn").SimpleQueue()
+    started = start_processes(
+        _run_rank, (messages, _free_port(), found), messages.ranks, join=False, start_method="spawn"
+    )
+    assert started is not None
+    while found.empty() and not started.join(timeout=0.2):
+        pass
+    points, seen = found.get()
+    while not started.join():
+        pass
     latency, bandwidth = _fitted(points["all_to_all_single"])
-    link = Link(latency=latency / (ranks - 1), bandwidth=bandwidth)
-    return link, tuple(_way(name, here, link, ranks) for name, here in points.items())
+    link = Link(latency=latency / (messages.ranks - 1), bandwidth=bandwidth)
+    ways = tuple(_way(name, here, link, messages.ranks) for name, here in points.items())
+    return Between(link, ways, tuple(seen))
 
 
 def _way(name: str, points: Sequence[tuple[float, float]], link: Link, ranks: int) -> Way:
@@ -69,18 +105,28 @@ def _fitted(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return start, 1.0 / slowest
 
 
-def _run_rank(
-    rank: int, ranks: int, port: int, sizes: list[int], rounds: int, found: SimpleQueue[Points]
-) -> None:
+def _run_rank(rank: int, messages: Messages, port: int, found: Any) -> None:
+    ranks = messages.ranks
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with connected(Mesh(data=ranks)):
+    if hasattr(os, "sched_setaffinity"):  # Linux: a core for each
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    programs = [(shape, placed(shape, ranks)) for shape in messages.shapes]
+    mesh = Mesh(data=ranks) if not programs else programs[0][1].layout.mesh  # type: ignore[union-attr]
+    with connected(mesh):
         points = {
-            name: [_point(name, call, size, rounds, ranks) for size in sizes] for name, call in _CALLS.items()
+            name: [_point(name, call, size, messages.rounds, ranks) for size in messages.sizes]
+            for name, call in _CALLS.items()
         }
+        sights = Sights(Stopwatch(), 5, in_step=True)
+        for shape, program in programs:
+            here = program.partition(rank)
+            sights.look_at_phase(here, shape, "training")
+            sights.look_at_phase(here, shape, "forward")
         if rank == 0:
-            found.put(points)
+            found.put((points, [one for one in sights.seen if not one.operator.startswith(_SENDING)]))
         dist.barrier()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.cost.arranged import arranged
 from moec.cost.cost import Cost
 from moec.cost.measured import ATTENTION, Direction, Line, Measured, beside_products
 from moec.cost.numbers import numbered
@@ -42,11 +43,15 @@ class Sight:
 
 @dataclass
 class Sights:
-    """All that was seen of the operators of programs."""
+    """All that was seen of the operators of programs.
+
+    `in_step`: every program runs as often, whatever it takes, as ranks that wait for each other have to.
+    """
 
     watch: Stopwatch
     runs: int = 6
     patience: float = 0.25
+    in_step: bool = False
     seen: list[Sight] = field(default_factory=list)
     between: dict[Direction, list[float]] = field(default_factory=lambda: defaultdict(list))
 
@@ -131,6 +136,8 @@ class Sights:
     def _wants_more(self, runs: int, seconds: float) -> bool:
         """Whether to go on: for all the runs, fewer of slow programs, more of fast ones."""
         counted = runs - _FIRST
+        if self.in_step:
+            return counted < self.runs
         if counted < self.runs:
             return counted < _FEWEST or seconds < _LONG
         return seconds < self.patience and counted < _MOST
@@ -141,7 +148,7 @@ class Sights:
 
     def _note(self, cost: Cost, letters: Mapping[str, int], direction: Direction, times: Times) -> None:
         evaluator = cost.evaluator
-        amounts = evaluator(letters)
+        amounts = evaluator({**letters, **arranged(cost.mesh, dict(letters)).numbers})
         places = evaluator.backward if direction == "backward" else evaluator.forward
         works = {
             one.name: (one.operator, numbered(evaluator.tasks[place], amounts))

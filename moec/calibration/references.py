@@ -90,6 +90,13 @@ class ReferenceDecoder(nn.Module):
         return self.head(self.norm(x_BSD))
 
 
+def placed(shape: Shape, ranks: int) -> Program:
+    """A sparse reference whose experts are dealt out to `ranks` ranks."""
+    torch.manual_seed(0)
+    plan = {"moe": PLANS["top-2"]["moe"] | {"experts": 2 * ranks}, "parallel": {"expert": ranks}}  # type: ignore[index]
+    return moec.compile(ReferenceDecoder(shape), plan, verify="off", world=ranks)
+
+
 def references(shapes: Sequence[Shape], names: Sequence[str]) -> Iterator[tuple[str, Shape, Program]]:
     """(name, shape, program) of every reference, eager; each is made when it is asked for.
 
