@@ -217,7 +217,8 @@ class Cost:
         Raises `KeyError`, naming the letter, where one is missing.
         """
         given: Mapping[sympy.Symbol, Any] = self.axes | {symbol(name): n for name, n in letters.items()}
-        found = sympy.sympify(amount).subs(given)
+        # All at once: a largest amount of which some letters are known is compared wrongly by sympy.
+        found = sympy.sympify(amount).xreplace({letter: sympy.sympify(n) for letter, n in given.items()})
         if found.free_symbols:
             raise KeyError(", ".join(sorted(map(str, found.free_symbols))))
         return int(found) if found.is_Integer else float(found)

@@ -59,7 +59,7 @@ class Memory:
     def total(self) -> Amount:
         """The most at once: activations and gradients on their way are never there together."""
         lasting = self.parameters + self.gradients + self.optimizer + self.buffers + self.cache
-        return lasting + sympy.Max(self.activations + self.working, self.communication)
+        return lasting + _max(self.activations + self.working, self.communication)
 
     def numbers(self, **letters: int) -> dict[str, int]:
         """`parts` and `total` as bytes, rounded up; axes that are not given are as they are here.
@@ -118,7 +118,14 @@ def largest(amounts: Iterable[Amount]) -> Amount:
             continue
         found = [(other, kept) for other, kept in found if not _is_at_most(other, terms)]
         found.append((terms, amount))
-    return sympy.Max(*(amount for _, amount in found)) if found else sympy.S.Zero
+    return _max(*(amount for _, amount in found))
+
+
+def _max(*amounts: Amount) -> Amount:
+    """The largest, all of them kept: sympy compares wrongly where letters divide (it takes 1/B to be 1)."""
+    if all(sympy.sympify(amount).is_number for amount in amounts):
+        return sympy.Max(*amounts) if amounts else sympy.S.Zero
+    return sympy.Max(*amounts, evaluate=False) if len(amounts) > 1 else amounts[0]
 
 
 def _is_at_most(terms: Mapping[Amount, Amount], other: Mapping[Amount, Amount]) -> bool:
@@ -153,7 +160,7 @@ def _again(operations: Sequence[Operation]) -> list[Amount]:
 
 
 def _number(amount: Amount, given: Mapping[sympy.Symbol, int]) -> int:
-    found = sympy.sympify(amount).subs(given)
+    found = sympy.sympify(amount).xreplace({letter: sympy.Integer(n) for letter, n in given.items()})
     missing = sorted(map(str, found.free_symbols))
     if missing:
         raise CostError("memory", f"no number for {', '.join(missing)}", "one for each letter")

@@ -68,10 +68,10 @@ class Tables:
             return Table(rows, tokens, top_k, experts, self.routing)
         shares = self.routing.shares(experts, top_k)
         if shares is None:
-            kept = _kept(call, tokens * _others(name, call), top_k, experts)
+            kept = _kept(call, rows, _others(name, call), experts)
         else:
-            kept = sum(min(share, capacity) for share in shares)
-        return Table(kept * rows, tokens, top_k, experts, self.routing, capacity)
+            kept = rows * sum(min(share, capacity) for share in shares)
+        return Table(kept, tokens, top_k, experts, self.routing, capacity)
 
     def _next(self, tables: Iterator[Tensor], experts: int) -> Tensor:
         found = next(tables, None)
@@ -171,11 +171,11 @@ def _factor(call: GraphCall) -> float:
     return factor if call.training else in_eval
 
 
-def _kept(call: GraphCall, tokens: sympy.Expr, top_k: int, experts: int) -> sympy.Expr:
-    """Of rows that are dealt out evenly, the part that finds a place in the mean."""
+def _kept(call: GraphCall, rows: sympy.Expr, others: sympy.Expr, experts: int) -> sympy.Expr:
+    """Of `rows` here, which are dealt out evenly, those that find a place beside those of `others` ranks."""
     factor = sympy.nsimplify(_factor(call), rational=True)
     if factor >= 1:
-        return sympy.Integer(1)
-    return sympy.Min(
-        1, sympy.Max(factor, sympy.Rational(int(call.value("min_capacity")) * experts, top_k) / tokens)
-    )
+        return rows
+    # Without fractions of letters: sympy takes 16/B to be at least 16 (as of 1.14).
+    least = int(call.value("min_capacity")) * experts
+    return sympy.Min(rows * others, sympy.Max(factor * rows * others, least)) / others

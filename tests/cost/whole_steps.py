@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Iterable
@@ -59,7 +60,7 @@ def _compiled(described: str, world: int, options: str) -> Program:
     torch.manual_seed(0)
     config = {"vocab": VOCABULARY, "seq": 8, "layers": 2, "width": 12, "heads": 2, "dropout": 0.0}
     model = GPT(GPTConfig(**{**config, **json.loads(options)}))
-    return moec.compile(model, json.loads(described), world=world, verify="off")
+    return moec.compile(model, json.loads(described), world=world if world > 1 else None, verify="off")
 
 
 def compiled(plan: dict[str, Any], world: int = 1, **options: int) -> Program:
@@ -69,7 +70,8 @@ def compiled(plan: dict[str, Any], world: int = 1, **options: int) -> Program:
 
 def take_steps(program: Program, settings: Train) -> list[Taken]:
     """Each rank of `program` takes a step, and then one that is counted."""
-    assert program.layout is not None
+    if program.layout is None:
+        return [_take(copy.deepcopy(program), settings)]
     return run_ranks(program.layout.mesh, lambda rank: _take(program.partition(rank), settings))
 
 
