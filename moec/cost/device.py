@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from .operation import Operation
 
+Size = Annotated[int, Field(ge=1)]
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
-MEASURED_DTYPES = ("float32", "int64", "bool")
+MEASURED_Size = Annotated[int, Field(ge=1)]
+DTYPES = ("float32", "int64", "bool")
 """What `moec calibrate` measures; others go by the roofline."""
 
 
@@ -37,7 +39,7 @@ class Device(Section):
         default=0.0, ge=0, description="Seconds of the host for one operator that it starts eagerly."
     )
     units: int = Field(default=1, ge=1, description="Processors that one kernel is dealt out to (SMs).")
-    tiles: tuple[tuple[int, int], ...] = Field(
+    tiles: tuple[tuple[Size, Size], ...] = Field(
         default=(), description="Tiles of a matrix product that one unit computes; left out: any size."
     )
     cache: float = Field(default=0.0, ge=0, description="Bytes of the cache that all units share.")

@@ -79,6 +79,27 @@ def test_what_is_wrong_is_told_with_its_line(
     assert error.needed
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "where", "nearest"),
+    [
+        ('algorithm = "tree"', 'algorithm = "trees"', "ways[3].algorithm", "tree"),
+        ("parallel = 16", "parallel = 0", "ways[5].parallel", ""),
+        ("inside = 0.47e-6", "insde = 0.47e-6", "ways[0].insde", "inside"),
+        ("[[256, 128],", "[[256],", "device.tiles[0][1]", ""),
+        ("[[256, 128],", "[[256, 0],", "device.tiles[0][1]", ""),
+        ("memory = 40e9", 'memory = "40GB"', "device.memory", ""),
+        ("units = 108", "units = 108.5", "device.units", ""),
+        ("product_share = 0.85", "product_share = 85", "device.product_share", ""),
+    ],
+)
+def test_lists_and_shares_are_checked_too(old: str, new: str, where: str, nearest: str) -> None:
+    text = (SHIPPED / "a100.toml").read_text(encoding="utf-8")
+    assert old in text
+    error = refused(text.replace(old, new, 1))
+    assert f": {where}" in error.where
+    assert nearest in error.nearest
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.toml")))
 def test_every_shipped_file_is_read_and_makes_clusters(name: str) -> None:
     hardware = Hardware.shipped(name)
