@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 Size = Annotated[int, Field(ge=1)]
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
-MEASURED_Size = Annotated[int, Field(ge=1)]
-DTYPES = ("float32", "int64", "bool")
+MEASURED_DTYPES = ("float32", "int64", "bool")
 """What `moec calibrate` measures; others go by the roofline."""
 
 
