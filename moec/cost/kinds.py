@@ -26,7 +26,7 @@ _KINDS = {
     # Row by row, but as pointwise operators limited by what they read and write.
     "pointwise": "softmax _softmax _safe_softmax log_softmax logsumexp sum mean var std prod amax amin any "
     "all argmax argmin cumsum topk sort argsort linalg_vector_norm glu dropout feature_dropout outer "
-    "hardtanh relu6 prelu __and__ __or__ __xor__",
+    "hardtanh relu6 prelu complex __and__ __or__ __xor__",
 }
 _OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 

@@ -151,8 +151,7 @@ class _Walk:
 
     def _value(self, meta: Any, node: fx.Node, operands: Sequence[Value]) -> Any:
         if isinstance(meta, Tensor):
-            mark = str(node.meta.get("placement") or "")
-            sizes = self.sizes.value(meta.shape, mark, operands)
+            sizes = self.sizes.value(meta.shape, node, operands)
             return Value(sizes, meta.dtype)
         if isinstance(meta, list | tuple):
             return [self._value(item, node, operands) for item in meta]

@@ -2,7 +2,7 @@
 
 A graph of one rank says `[B, S, 24] · dim 2 over tensor`. Where the axis has 2 ranks that is `48/tensor`, so
 the cost of the same text on another number of ranks can be read off this one. A size that no mark explains is
-that of an operand with the same number, or a plain number.
+what the operands say of it (`proportions.py`), or a plain number.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import fx
 from moec.ir.inputs import factors, inputs_of
 from moec.ir.mesh import Mesh
 
+from .proportions import proposed
 from .symbols import symbol
 from .value import Sizes, Value
 
@@ -55,31 +56,31 @@ class SizeReader:
             return None
         return next((s for s in size.node.expr.free_symbols if s not in self.letters), None)
 
-    def value(self, shape: Sequence[Any], mark: str, operands: Sequence[Value]) -> Sizes:
-        """The sizes of a value with the placement `mark`, computed from `operands`."""
-        splits = {int(dim): axis for dim, axis in _MARK.findall(mark)}
-        inherited = self._shared(operands)
-        made = []
-        for dim, size in enumerate(shape):
-            number = self.size(size)
-            if isinstance(size, int):
-                axis, known = splits.get(dim), inherited.get(size, number)
-                # A vocabulary may be dealt out unevenly; its part is what that of the weight is.
-                is_uneven = known.has(sympy.ceiling) and symbol(axis or "") in known.free_symbols
-                split = known if is_uneven else self._split(number, axis)
-                number = split if split != number else known
-            made.append(number)
-        return tuple(made)
+    def value(self, shape: Sequence[Any], node: fx.Node, operands: Sequence[Value]) -> Sizes:
+        """The sizes of a result of `node`, computed from `operands`: by its mark, or what theirs say."""
+        splits = {int(dim): axis for dim, axis in _MARK.findall(str(node.meta.get("placement") or ""))}
+        proposals = proposed(node, operands, len(shape), self.axes)
+        return tuple(
+            self._size(size, splits.get(dim), proposal, operands)
+            for dim, (size, proposal) in enumerate(zip(shape, proposals, strict=True))
+        )
+
+    def _size(
+        self, size: Any, axis: str | None, proposal: sympy.Expr | None, operands: Sequence[Value]
+    ) -> sympy.Expr:
+        if not isinstance(size, int):
+            return self.size(size)
+        if axis in self.axes:
+            return self._uneven(size, axis, operands) or self._split(sympy.Integer(size), axis)
+        fits = proposal is not None and proposal.free_symbols <= self.at.keys()
+        return proposal if fits and proposal.subs(self.at) == size else sympy.Integer(size)
 
     def _split(self, size: sympy.Expr, axis: str | None) -> sympy.Expr:
         ranks = self.axes.get(axis or "")
         return size if ranks is None else size * ranks / symbol(str(axis))
 
-    def _shared(self, operands: Sequence[Value]) -> dict[int, sympy.Expr]:
-        """Number → the expression with axes that an operand has for it."""
-        found: dict[int, sympy.Expr] = {}
-        for operand in operands:
-            for size in operand.sizes or ():
-                if size.free_symbols and size.free_symbols <= self.at.keys():
-                    found[int(size.subs(self.at))] = size
-        return found
+    def _uneven(self, size: int, axis: str | None, operands: Sequence[Value]) -> sympy.Expr | None:
+        """A vocabulary may be dealt out unevenly; its part is what that of the weight is."""
+        sizes = [known for operand in operands for known in operand.sizes or ()]
+        uneven = [known for known in sizes if known.has(sympy.ceiling) and known.has(symbol(axis or ""))]
+        return next((known for known in uneven if known.subs(self.at) == size), None)
