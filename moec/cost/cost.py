@@ -125,8 +125,12 @@ class Cost:
         """Computes all amounts for given letters; made once."""
         return Evaluator(self.operations)
 
+    def times(self, one: Operation) -> int:
+        """How often a step runs it: the optimizer once, all else for each of the parts of a batch."""
+        return 1 if one.kind == "optimizer" else self.step.accumulate
+
     def _sum(self, amount: Callable[[Operation], Any]) -> sympy.Expr:
-        return summary.total(map(amount, self.operations))
+        return summary.total(self.times(one) * amount(one) for one in self.operations)
 
     def amount(self, name: Any) -> sympy.Expr:
         """The amount of this name, one of `AMOUNTS`; an expression is itself.

@@ -19,7 +19,7 @@ from .written import Written
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """How a step is taken: see `moec.plan.Train`."""
+    """How a step is taken: see `moec.plan.Train`. B is the sequences of one of its `accumulate` parts."""
 
     accumulate: int = 1
     recompute: bool = False

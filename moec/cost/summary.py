@@ -40,11 +40,15 @@ def table_of(cost: Cost, by: str, letters: Letters) -> Table:
 def _of_operations(cost: Cost, by: str, letters: Letters) -> Table:
     amounts = _amounts(cost)
     fill = filler(cost, letters)
+
+    def of(members: Iterable[Operation], amount: Callable[[Operation], Any]) -> Any:
+        return total(cost.times(one) * amount(one) for one in members)
+
     rows = [
-        (name, len(members), *(fill(total(map(amount, members))) for amount in amounts.values()))
+        (name, len(members), *(fill(of(members, amount)) for amount in amounts.values()))
         for name, members in _grouped(cost.operations, by).items()
     ]
-    whole = [fill(total(map(amount, cost.operations))) for amount in amounts.values()]
+    whole = [fill(of(cost.operations, amount)) for amount in amounts.values()]
     return Table(
         (Column(by), Column("operators"), *amounts),
         tuple(row for row in rows if any(cell != 0 for cell in row[2:])),
@@ -96,10 +100,10 @@ def _of_axes(cost: Cost, letters: Letters) -> Table:
     for one in cost.operations:
         for direction, sends in (("forward", one.sends), ("backward", one.sends_back)):
             for each in sends:
-                sent.setdefault((each.axis, direction, each.operator), []).append(each)
+                sent.setdefault((each.axis, direction, each.operator), []).extend([each] * cost.times(one))
     fill, ranks = filler(cost, letters), cost.mesh.axes()
     rows = tuple(
-        (axis, ranks[axis], direction, operator, len(sends), *_totals(sends, fill))
+        (axis, ranks[axis], direction, operator, sum(one.calls for one in sends), *_totals(sends, fill))
         for (axis, direction, operator), sends in sent.items()
     )
     names = ("axis", "ranks", "direction", "operator", "calls", "messages")
@@ -107,7 +111,7 @@ def _of_axes(cost: Cost, letters: Letters) -> Table:
     return Table(
         (*map(Column, names), Column("bytes", "B")),
         rows,
-        total=("all", "", "", "", len(every), *_totals(every, fill)),
+        total=("all", "", "", "", sum(one.calls for one in every), *_totals(every, fill)),
         notes=notes_on([cell for row in rows for cell in row[5:]]),
     )
 

@@ -31,7 +31,10 @@ def seconds_expression(cost: Cost, hardware: Hardware | None = None) -> sympy.Ex
     dtype and every axis. With hardware, an axis goes by the links that it has on the ranks of this cost, and
     `PlanError` names a dtype without a peak.
     """
-    terms = Counter(term for one in cost.operations for term in _terms(one, cost.mesh, hardware))
+    terms = Counter[sympy.Expr]()
+    for one in cost.operations:
+        for term in _terms(one, cost.mesh, hardware):
+            terms[term] += cost.times(one)
     return sympy.Add(*(count * term for term, count in terms.items()))
 
 

@@ -30,7 +30,7 @@ def table(routing: Routing, tokens: int, top_k: int, experts: int, **more: float
 
 def drawn(scores: Callable[[], Tensor], top_k: int) -> tuple[float, Tensor]:
     """Of many draws: how many experts are touched in the mean, and the mean rows of each [E]."""
-    touched, rows = 0, 0
+    touched, rows = 0, torch.zeros((), dtype=torch.int64)
     for _ in range(TRIALS):
         values = scores()
         _, experts = torch.ops.moec.route(values, None, top_k, "normalized", "none", False)
