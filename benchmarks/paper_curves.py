@@ -47,6 +47,7 @@ def predicted(point: Point) -> Record:
         "seconds": found.seconds,
         "by": found.by,
         "host": found.host,
+        "supposed": found.supposed,
         "moec": found.moec,
     }
 
@@ -56,8 +57,8 @@ def tasks() -> dict[str, dict[str, Callable[[], Any]]]:
     return {
         "totals": {name: partial(total_parameters, model) for name, model in SERVED.items()},
         "memory": {f"{model.name} · {ranks}": partial(_needed, model, ranks) for model, ranks in NEEDS},
-        "training": {run.model.name: partial(trained, run) for run in RUNS},
         "points": {key(point): partial(predicted, point) for point in POINTS},
+        "training": {run.model.name: partial(trained, run) for run in RUNS},
     }
 
 

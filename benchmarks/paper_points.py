@@ -65,12 +65,14 @@ POINTS = (
 @dataclass(frozen=True)
 class Found:
     """What is predicted of a point: `seconds`; `by` kind of work, `host` what the host takes to start it all;
-    `moec`: seconds of moec's own decoder on the same ranks, recorded once (None for the baseline)."""
+    `supposed`: seconds on the hardware that `supposed` gives; `moec`: seconds of moec's own decoder on the
+    same ranks, recorded once (None for the baseline)."""
 
     point: Point
     seconds: float
     by: dict[str, float]
     host: float
+    supposed: float
     moec: float | None = None
 
     @property
@@ -99,6 +101,20 @@ def cluster(ranks: int) -> Hardware:
     return hardware.model_copy(update={"device": device})
 
 
+def supposed(system: str, hardware: Hardware) -> Hardware:
+    """What would have to be otherwise for the points that are missed; no prediction uses it.
+
+    For PyTorch: the GPUs of a node share one network card, and messages of an exchange go one after another.
+    For DeepSpeed-MoE: weights are read at 5/9 of the bandwidth, as its authors reckon with (500 of 900 GB/s
+    where tensor groups share a layer: slides of SC22, "Primary Challenge with MoE Inference").
+    """
+    if system == PYTORCH:
+        ways = [way.model_copy(update={"parallel": 1}) for way in hardware.ways]
+        return hardware.model_copy(update={"cards": 1, "ways": tuple(ways)})
+    device = hardware.device.model_copy(update={"memory_share": 5 / 9})
+    return hardware.model_copy(update={"device": device})
+
+
 @functools.cache
 def decoder_of(model: Served, ranks: int) -> Cost:
     """moec's decoder of a model on `ranks` ranks, with the exchange that the paper has there."""
@@ -112,15 +128,17 @@ def found_of(point: Point) -> Found:
         cost = baseline_cost(point.model, Place.of(point.model, point.ranks), ROWS, POSITIONS)
         return _found(point, cost, None)
     decoder = decoder_of(point.model, point.ranks)
-    own = step(decoder, point.ranks, captured=True).seconds
+    own = step(decoder, cluster(point.ranks), captured=True).seconds
     return _found(point, deepspeed_cost(point.model, decoder, ROWS), own)
 
 
-def step(cost: Cost, ranks: int, *, captured: bool = False) -> Prediction:
+def step(cost: Cost, hardware: Hardware, *, captured: bool = False) -> Prediction:
     """One token of every row."""
-    return predict(cost, cluster(ranks), captured=captured, B=ROWS, n=1, m=1, L=POSITIONS)
+    return predict(cost, hardware, captured=captured, B=ROWS, n=1, m=1, L=POSITIONS)
 
 
 def _found(point: Point, cost: Cost, own: float | None) -> Found:
-    prediction = step(cost, point.ranks)
-    return Found(point, prediction.seconds, prediction.by("kind"), starts(cost) * host_seconds(), own)
+    hardware = cluster(point.ranks)
+    prediction, other = step(cost, hardware), step(cost, supposed(point.system, hardware))
+    host = starts(cost) * host_seconds()
+    return Found(point, prediction.seconds, prediction.by("kind"), host, other.seconds, own)

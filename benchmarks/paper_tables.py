@@ -49,7 +49,8 @@ def rounded(parameters: int, printed: str) -> str:
 
 def latency(record: Record) -> str:
     """Every published point beside what is predicted."""
-    head = ("figure", "model", "GPUs", "system", "published ms", "predicted ms", "", "host ms", "moec ms")
+    times = ("published ms", "predicted ms", "", "host ms", "supposed ms", "moec ms")
+    head = ("figure", "model", "GPUs", "system", *times)
     rows = []
     for found in record["points"].values():
         published = found["published"]
@@ -57,8 +58,8 @@ def latency(record: Record) -> str:
         if published and abs(found["seconds"] / published - 1) > _WITHIN:
             error = f"**{error}**"
         where = (found["figure"], found["model"], str(found["ranks"]), found["system"])
-        times = (_ms(published), _ms(found["seconds"]), error, _ms(found["host"]), _ms(found["moec"]))
-        rows.append((*where, *times))
+        others = (_ms(found[name]) for name in ("host", "supposed", "moec"))
+        rows.append((*where, _ms(published), _ms(found["seconds"]), error, *others))
     return _table(head, rows)
 
 

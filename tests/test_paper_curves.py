@@ -133,7 +133,7 @@ def test_weights_and_cache_are_those_of_the_program() -> None:
 
 def test_an_eager_baseline_takes_at_least_what_its_host_does() -> None:
     cost = baseline_cost(TINY, Place(4, 4), 8, 256)
-    eager, captured = (step(cost, 4, captured=captured).seconds for captured in (False, True))
+    eager, captured = (step(cost, cluster(4), captured=captured).seconds for captured in (False, True))
     assert captured < starts(cost) * host_seconds() <= eager
     assert cluster(4).device.host == host_seconds()
 
