@@ -96,25 +96,28 @@ def seconds_in_a_row(run: Callable[[], object], count: int) -> tuple[float, floa
 
 def run_together(points: tuple[Point, ...], rounds: int, out: Path) -> dict[str, dict[str, float]]:
     """Measure points of two ranks, in two processes."""
-    spawn(_run_rank, (free_port(), points, rounds, out), nprocs=2)
+    spawn(_run_rank, ([free_port() for _ in points], points, rounds, out), nprocs=2)
     found: dict[str, dict[str, float]] = torch.load(out, weights_only=True)
     out.unlink()
     return found
 
 
-def _run_rank(rank: int, port: int, points: tuple[Point, ...], rounds: int, out: Path) -> None:
+def _run_rank(rank: int, ports: list[int], points: tuple[Point, ...], rounds: int, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # Linux: a core for each
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     found = {}
-    for point in points:
+    for port, point in zip(ports, points, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
         layout = point.program.layout
         assert layout is not None
         with connected(layout.mesh):
             timing = race({point.name: point.run()}, rounds, before=dist.barrier)[point.name]
             found[point.name] = measured(slower(timing))
             dist.barrier()
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     if rank == 0:
         torch.save(found, out)
 

@@ -143,7 +143,7 @@ ALONE: tuple[Point, ...] = (
     Point("training", "dense", 272, 8, 2, 3000, 3, 200),
     Point("training", "dense", 100, 5, 6, 500, 16, 32),
     Point("training", "dense", 320, 5, 3, 2000, 2, 256, "fused"),
-    Point("training", "dense", 192, 6, 2, 700, 1, 512),
+    Point("training", "dense", 192, 6, 2, 820, 1, 500),
     Point("training", "top-1", 176, 4, 4, 1500, 4, 128),
     Point("training", "top-2", 240, 6, 4, 1000, 6, 80, "fused"),
     Point("training", "PR-MoE", 120, 3, 4, 800, 8, 64, "fused"),

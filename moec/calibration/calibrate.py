@@ -113,10 +113,11 @@ def _device(measured: Measured) -> Device:
         for (m, n, k), seconds in zip(grid.shapes(), grid.near, strict=True)
     )
     start = min(measured.operators["aten::add"]["inference"].seconds)
+    stream = measured.operators["aten::_fused_adamw_"]["forward"]
     return Device(
         name=measured.about.machine,
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-        bandwidth=1.0 / max(measured.caches.seconds),
+        bandwidth=stream.bytes[-1] / stream.seconds[-1],
         launch=start,
         peak={"float32": best},
         measured=measured,

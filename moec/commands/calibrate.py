@@ -41,7 +41,7 @@ def summary(hardware: Hardware, path: Path, seconds: float) -> str:
     lines = [
         f"{path}: {about.machine}, {about.threads} thread{'s' * (about.threads > 1)}, in {seconds:.0f} s",
         f"products   {device.peak['float32'] / 1e9:.0f} GFLOP/s in float32",
-        f"memory     {device.bandwidth / 1e9:.1f} GB/s read",
+        f"memory     {device.bandwidth / 1e9:.1f} GB/s read and written",
         f"operators  {len(device.measured.operators)} kinds",
     ]
     if hardware.per_node > 1:
