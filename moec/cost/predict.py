@@ -49,6 +49,7 @@ def predict(cost: Cost, hardware: Hardware, *, captured: bool = False, **letters
         tuple(sorted(prices.unmeasured)),
         cost,
         mesh.numbers,
+        sum(count * prices.at_peak(place) for place, count in plan.tasks.items()),
     )
 
 

@@ -54,6 +54,7 @@ class Prediction:
     """What `predict` says.
 
     `timeline`: all steps, as the host starts them; `flops`: of this rank; `bytes`: of its memory;
+    `peak_seconds`: what those FLOPs would take at the peaks of their dtypes;
     `unmeasured`: operators that a calibrated device does not know, told by the roofline; `axes`: the ranks of
     every axis, those that follow from `letters` included.
     """
@@ -67,6 +68,7 @@ class Prediction:
     unmeasured: tuple[str, ...] = ()
     cost: Cost | None = None
     axes: dict[str, int] = field(default_factory=dict)
+    peak_seconds: float = 0.0
 
     @cached_property
     def memory(self) -> int:
@@ -119,8 +121,8 @@ class Prediction:
 
     @property
     def flops_share(self) -> float:
-        """FLOPs a second, as a share of the fastest peak of the device."""
-        return self.flops / self.seconds / max(self.hardware.device.peak.values()) if self.seconds else 0.0
+        """FLOPs a second, as a share of the peaks of the dtypes that they are computed in."""
+        return self.peak_seconds / self.seconds if self.seconds else 0.0
 
     @property
     def bandwidth_share(self) -> float:

@@ -61,10 +61,16 @@ class Prices:
         self.hardware, self._mesh, self._training = hardware, mesh, training
         self._host = 0.0 if captured else hardware.device.host
         self._amounts = evaluator({**letters, **mesh.numbers})
+        self._tasks = evaluator.tasks
         self.works = [numbered(task, self._amounts) for task in evaluator.tasks]
         self.unmeasured: set[str] = set()
         self.working = self._touched(evaluator)
         self.times = [self._time(place, task) for place, task in enumerate(evaluator.tasks)]
+
+    def at_peak(self, place: int) -> float:
+        """Seconds of the arithmetic of a task at the peak of its dtype."""
+        flops = float(self.works[place].flops)
+        return flops / self.hardware.device.peak_of(self._tasks[place].dtype) if flops else 0.0
 
     def _time(self, place: int, task: Task) -> Time:
         links = [self._link(send) for send in task.sends]

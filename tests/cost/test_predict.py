@@ -166,6 +166,16 @@ def test_views_take_the_host_and_not_the_device() -> None:
     assert predict(cost, simple()).seconds == 1
 
 
+def test_shares_are_of_the_peak_of_the_dtype_and_of_memory() -> None:
+    one = replace(compute(), forward=Work((Product(2, 3, 5),), 30, 0))
+    other = replace(one, dtype="bfloat16")
+    hardware = simple(peak={"float32": 4.0, "bfloat16": 12.0, "int8": 1e6})
+    found = predict(Cost((one, other), "forward", MESH), hardware)
+    assert (found.flops, found.seconds) == (120, 60)
+    assert found.flops_share == pytest.approx((60 / 4 + 60 / 12) / 60)
+    assert found.bandwidth_share == 1
+
+
 def test_what_it_says() -> None:
     operations = (compute("a"), send(num_bytes=3, after=(0,)), wait(1), compute("c"))
     text = str(predict(Cost(operations, "forward", MESH), simple(host=0.5), B=8))
