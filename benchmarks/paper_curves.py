@@ -4,7 +4,8 @@
     python -m benchmarks.paper_curves --missing   # only what the record does not have yet
     python -m benchmarks.paper_curves --tables    # the tables again, of the record as it is
 
-Nothing is measured here: programs are compiled on `meta`, and times come of the shipped hardware file.
+Nothing is measured here: programs are compiled on `meta`, and times come of the shipped hardware file. The
+picture needs matplotlib (`moec[plot]`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from benchmarks import page
 from benchmarks.paper_memory import NEEDS, need_of
 from benchmarks.paper_models import SERVED, Served, total_parameters
+from benchmarks.paper_picture import draw
 from benchmarks.paper_points import POINTS, Point, found_of, host_seconds
 from benchmarks.paper_tables import tables
 from benchmarks.paper_training import RUNS, trained
@@ -92,6 +94,7 @@ def main() -> None:
         record = fill(record, RESULTS)
     for name, text in tables(record).items():
         page.write_table(PAGE, name, text)
+    draw(record)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ Phase = Literal["training", "forward", "decode"]
 _SPARSE = {"layers": "1::2", "gate": "straight-through"}
 MOE: Mapping[str, dict[str, Any] | None] = {
     "dense": None,
-    "top-1": _SPARSE | {"experts": 7, "top_k": 1},
+    "top-1": _SPARSE | {"experts": 10, "top_k": 1},
     "top-2": _SPARSE | {"experts": 6, "top_k": 2},
     "PR-MoE": _SPARSE | {"experts": 4, "residual": "learned", "override": [{"layers": "-1:", "experts": 8}]},
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from moec.cost.measured import Grid, Line
 from .clock import Stopwatch
 from .pool import FAR, NEAR, Pool, Run, Shapes
 
+_LONG = 0.06  # seconds for what everything else depends on
 _SLOW = 2e8  # a product of so many operations takes as long from memory as from a cache
 
 
@@ -151,7 +152,7 @@ def _one_query(watch: Stopwatch, sizes: Sizes) -> Grid:
 @torch.inference_mode()
 def measure_caches(watch: Stopwatch) -> Line:
     """Seconds to read one byte of weights for one row, where so many bytes are read in turn."""
-    width = 256
+    width, watch = 256, replace(watch, patience=_LONG)
     piece, shapes = 4 * width * width, [(1, width), (width, width)]
     footprints = [NEAR << shift for shift in range(5)] + [NEAR * 3, NEAR * 6, FAR]
     found = []

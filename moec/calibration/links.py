@@ -6,10 +6,12 @@ losses) is timed as all operators are, in a program whose experts are dealt out.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,12 @@ from torch.multiprocessing.spawn import start_processes
 from moec.cost.collectives import DIRECT, PATTERNS, REDUCE, pattern_of
 from moec.cost.link import Link, Way
 from moec.ir.mesh import WORLD, Mesh
+from moec.program import Program
 from moec.runtime.mesh import connected
 
 from .clock import Stopwatch
 from .operators import Sight, Sights
-from .references import Shape, placed
+from .references import AXES, Shape, placed
 
 SIZES: Sequence[int] = (1 << 10, 32 << 10, 512 << 10, 4 << 20, 16 << 20)
 QUICK: Sequence[int] = (1 << 10, 256 << 10)
@@ -66,9 +69,10 @@ class Between:
 
 def measure_links(messages: Messages) -> Between:
     """Start the processes, which measure; gives what the first of them found."""
+    ports = [_free_port() for _ in range(1 + len(AXES) * len(messages.shapes))]
     found: Any = get_context("spawn").SimpleQueue()
     started = start_processes(
-        _run_rank, (messages, _free_port(), found), messages.ranks, join=False, start_method="spawn"
+        _run_rank, (messages, ports, found), messages.ranks, join=False, start_method="spawn"
     )
     assert started is not None
     while found.empty() and not started.join(timeout=0.2):
@@ -105,28 +109,39 @@ def _fitted(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return start, 1.0 / slowest
 
 
-def _run_rank(rank: int, messages: Messages, port: int, found: Any) -> None:
+def _run_rank(rank: int, messages: Messages, ports: list[int], found: Any) -> None:
     ranks = messages.ranks
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):  # Linux: a core for each
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    programs = [(shape, placed(shape, ranks)) for shape in messages.shapes]
-    mesh = Mesh(data=ranks) if not programs else programs[0][1].layout.mesh  # type: ignore[union-attr]
-    with connected(mesh):
+    with _met(Mesh(data=ranks), ports[0]):
         points = {
             name: [_point(name, call, size, messages.rounds, ranks) for size in messages.sizes]
             for name, call in _CALLS.items()
         }
-        sights = Sights(Stopwatch(), 5, in_step=True)
-        for shape, program in programs:
-            here = program.partition(rank)
-            sights.look_at_phase(here, shape, "training")
-            sights.look_at_phase(here, shape, "forward")
-        if rank == 0:
-            found.put((points, [one for one in sights.seen if not one.operator.startswith(_SENDING)]))
+    sights = Sights(Stopwatch(own=True), 5, in_step=True)
+    for port, (shape, axis) in zip(ports[1:], itertools.product(messages.shapes, AXES), strict=True):
+        _look(sights, shape, placed(shape, axis, ranks), rank, port)
+    if rank == 0:
+        found.put((points, [one for one in sights.seen if not one.operator.startswith(_SENDING)]))
+
+
+def _look(sights: Sights, shape: Shape, program: Program, rank: int, port: int) -> None:
+    assert program.layout is not None
+    with _met(program.layout.mesh, port):
+        here = program.partition(rank)
+        sights.look_at_phase(here, shape, "training")
+        sights.look_at_phase(here, shape, "forward")
+
+
+@contextmanager
+def _met(mesh: Mesh, port: int) -> Iterator[None]:
+    """The ranks of `mesh`, which meet at a port of this machine and part when all are done."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with connected(mesh):
+        yield
         dist.barrier()
 
 

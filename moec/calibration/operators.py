@@ -17,7 +17,6 @@ from moec.cost.cost import Cost
 from moec.cost.measured import ATTENTION, Direction, Line, Measured, beside_products
 from moec.cost.numbers import numbered
 from moec.foresight import Phase
-from moec.objective import task_loss
 from moec.program import Program
 from moec.runtime.ops.work import Work
 
@@ -79,7 +78,7 @@ class Sights:
         def loss_of(out: Any) -> tuple[Tensor, Any]:
             logits, terms = out if isinstance(out, tuple) else (out, {})
             begin = self.watch.now()
-            task = task_loss(logits, tokens)
+            task = program._task_loss(logits, tokens)
             watched.forward[_LOSS].append(self.watch.now() - begin)
             return task, terms.get("balance", 0.0) + terms.get("z", 0.0)
 

@@ -36,7 +36,7 @@ class Shape:
 
 SHAPES: Sequence[Shape] = (
     Shape(40, 2, 200, 1, 12, 40),
-    Shape(96, 3, 700, 3, 40, 150),
+    Shape(96, 4, 700, 3, 40, 150),
     Shape(208, 4, 2500, 6, 72, 300),
     Shape(416, 8, 4500, 6, 150, 500),
 )
@@ -90,10 +90,14 @@ class ReferenceDecoder(nn.Module):
         return self.head(self.norm(x_BSD))
 
 
-def placed(shape: Shape, ranks: int) -> Program:
-    """A sparse reference whose experts are dealt out to `ranks` ranks."""
+AXES = ("expert", "tensor")
+
+
+def placed(shape: Shape, axis: str, ranks: int) -> Program:
+    """A reference whose experts, or else heads, channels and words, are dealt out to `ranks` ranks."""
     torch.manual_seed(0)
-    plan = {"moe": PLANS["top-2"]["moe"] | {"experts": 2 * ranks}, "parallel": {"expert": ranks}}  # type: ignore[index]
+    moe = {"moe": {"experts": 2 * ranks, "layers": "1::2", "top_k": 2}} if axis == "expert" else {}
+    plan = moe | {"parallel": {axis: ranks}}
     return moec.compile(ReferenceDecoder(shape), plan, verify="off", world=ranks)
 
 
