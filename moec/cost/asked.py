@@ -50,18 +50,17 @@ class Oracle:
 
     def ask(self, node: fx.Node, known: dict[fx.Node, Any]) -> Answer:
         """The answer for the call `node`, whose operands are `known`."""
-        calls = [_Call(node, known, point) for point in self.points]
-        key = calls[0].key
-        if key not in self._known:
+        first = _Call(node, known, self.points[0])
+        if first.key not in self._known:
             with self._mode:
-                self._known[key] = self._answer(calls)
-        return self._known[key]
+                self._known[first.key] = self._answer(first, node, known)
+        return self._known[first.key]
 
-    def _answer(self, calls: list[_Call]) -> Answer:
-        first = calls[0].run()
+    def _answer(self, call: _Call, node: fx.Node, known: dict[fx.Node, Any]) -> Answer:
+        first = call.run()
         if not first.extra:
             return Answer(first.views, first.learns, first.kept)
-        second = calls[1].run()
+        second = _Call(node, known, self.points[1]).run()
         both = zip(first.extra, second.extra, strict=True)
         extra = tuple((a.itemsize, self._numel(a.numel(), b.numel(), first, second)) for a, b in both)
         return Answer(first.views, first.learns, first.kept, extra)
@@ -78,7 +77,7 @@ class Oracle:
         """A product of letters and a number."""
         a, b = (point.numbers for point in self.points)
         for count in range(4):
-            for chosen in itertools.combinations_with_replacement(a, count):
+            for chosen in itertools.combinations_with_replacement(b, count):
                 here, there = sympy.prod([a[s] for s in chosen]), sympy.prod([b[s] for s in chosen])
                 if one % here == 0 and one * there == two * here:
                     letters = [self.letters.get(symbol, symbol) for symbol in chosen]

@@ -21,15 +21,21 @@ class Samples:
 
     def __init__(self, primes: Sequence[int]) -> None:
         self.primes, self.numbers = primes, dict[sympy.Symbol, int]()
+        self._sizes: dict[sympy.Expr, int] = {}
 
     def size(self, size: Any) -> int:
         """A size of the graph as a number."""
         if isinstance(size, int):
             return size
         expression = size.node.expr
+        known = self._sizes.get(expression)
+        return self._number(expression) if known is None else known
+
+    def _number(self, expression: sympy.Expr) -> int:
         for symbol in sorted(expression.free_symbols, key=str):
             self.numbers.setdefault(symbol, self._next())
-        return int(expression.xreplace(self.numbers))
+        number = self._sizes[expression] = int(expression.xreplace(self.numbers))
+        return number
 
     def _next(self) -> int:
         count = len(self.numbers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -39,10 +40,10 @@ class SizeReader:
                     if count == 1:
                         self.letters[size.node.expr] = symbol(name)
 
-    @property
-    def at(self) -> dict[sympy.Symbol, int]:
+    @cached_property
+    def at(self) -> dict[sympy.Symbol, sympy.Integer]:
         """The axes as they are in this graph."""
-        return {symbol(axis): count for axis, count in self.axes.items()}
+        return {symbol(axis): sympy.Integer(count) for axis, count in self.axes.items()}
 
     def size(self, size: Any) -> sympy.Expr:
         """A size of the graph, its symbols named."""
@@ -73,7 +74,7 @@ class SizeReader:
         if axis in self.axes:
             return self._uneven(size, axis, operands) or self._split(sympy.Integer(size), axis)
         fits = proposal is not None and proposal.free_symbols <= self.at.keys()
-        return proposal if fits and proposal.subs(self.at) == size else sympy.Integer(size)
+        return proposal if fits and proposal.xreplace(self.at) == size else sympy.Integer(size)
 
     def _split(self, size: sympy.Expr, axis: str | None) -> sympy.Expr:
         ranks = self.axes.get(axis or "")
@@ -83,4 +84,4 @@ class SizeReader:
         """A vocabulary may be dealt out unevenly; its part is what that of the weight is."""
         sizes = [known for operand in operands for known in operand.sizes or ()]
         uneven = [known for known in sizes if known.has(sympy.ceiling) and known.has(symbol(axis or ""))]
-        return next((known for known in uneven if known.subs(self.at) == size), None)
+        return next((known for known in uneven if known.xreplace(self.at) == size), None)
