@@ -24,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moec.runtime.ops.groups import axis_rank, axis_size
 from moec.runtime.ops.sent import BACKWARD, COSTS, FORWARD, Kind, Traffic
 
+# Which result of an operator that chooses experts are the rows kept for each.
+_COUNTS = {"assign": 1, "admit": 1, "gate": 4}
+
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
@@ -51,8 +54,8 @@ class _Count(TorchDispatchMode):
         if func.namespace == "moec":
             inside = _takes_axis(func)
             result = self._look_inside(func, args, kwargs) if inside else func(*args, **kwargs)
-            if func._opname in ("admit", "assign") and _direction() == FORWARD:
-                self._traffic.routed.append(result[1].clone())
+            if func._opname in _COUNTS and _direction() == FORWARD:
+                self._traffic.routed.append(result[_COUNTS[func._opname]].clone())
             return result
         if func.namespace == "_c10d_functional" and func._opname in COSTS:
             self._count(func, {**_named(func, args), **kwargs})

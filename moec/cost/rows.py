@@ -83,10 +83,6 @@ class Table:
         missed = 1 - (chance if chance.is_Rational and chance <= 1 else sympy.Min(1, chance))
         return Load(self.rows, self.experts / self.spread * (1 - missed**self.tokens))
 
-    def sent(self, ranks: Amount) -> tuple[Amount, Amount]:
-        """(messages, rows) that go to the others, when the rows here are dealt out to `ranks` ranks."""
-        return ranks - 1, (ranks - 1) * self.rows / ranks
-
 
 def _touched(shares: tuple[float, ...], table: Table) -> Amount:
     """How many experts of these shares get rows."""

@@ -14,16 +14,18 @@ from moec.cost.routing import Routing
 from moec.errors import CostError
 from moec.plan import Train
 from moec.runtime.ops.sent import Kind, Traffic
-from tests.cost.whole_steps import Taken, compiled, counted, settings_of, take_steps
+from tests.cost.whole_steps import Taken, compiled, counted, settings_of, take_step, take_steps
+from tests.runtime.ranks import run_processes
 
 DROPLESS = {"experts": 4, "top_k": 2, "layers": "-1:"}
 CAPACITY = {"experts": 4, "top_k": 1, "capacity_factor": 1.0, "layers": "-1:"}
 PLANS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dense, tensor": (2, {"parallel": {"tensor": 2}}, {}),
     "dense, data, in two parts": (2, {"parallel": {"tensor": 1}}, {"accumulate": 2, "batch": 4, "clip": 0.0}),
-    "flat": (2, {"moe": DROPLESS, "parallel": {"expert": 2}}, {}),
     "again": (2, {"moe": DROPLESS, "parallel": {"expert": 2}}, {"recompute": True}),
-    "capacity": (2, {"moe": CAPACITY, "parallel": {"expert": 2}}, {}),
+    "fused": (
+        2, {"moe": DROPLESS, "parallel": {"expert": 2}, "compile": {"backend": "fused"}}, {"recompute": True},
+    ),
     "hierarchical": (
         4, {"moe": CAPACITY, "parallel": {"expert": 4, "node": 2, "all_to_all": "hierarchical"}}, {},
     ),
@@ -57,6 +59,28 @@ def test_a_whole_step_to_the_byte(name: str) -> None:
         wrong = Routing.counted([[t.roll(1) for t in one.traffic.routed] for one in ranks])
         one = ranks[0]
         assert compared(one.traffic, foretold(one, settings_of(**changes), wrong))
+
+
+GLOO = {
+    "moe": {**CAPACITY, "layers": "all"},
+    "parallel": {"tensor": 2, "expert": 2, "all_to_all": "coordinated"},
+}
+
+
+def step_of(rank: int) -> list[Any]:
+    """What a process sends in a step, and the tables of its routing."""
+    one = take_step(compiled(GLOO, 2, layers=1).partition(rank), settings_of())
+    return [one.traffic.to_json(), one.traffic.routed, list(one.size)]
+
+
+def test_processes_send_what_is_foretold() -> None:
+    program = compiled(GLOO, 2, layers=1)
+    assert program.layout is not None
+    told = run_processes(program.layout.mesh, step_of)
+    routing = Routing.counted([routed for _, routed, _ in told])
+    for rank, (rows, _, (batch, length)) in enumerate(told):
+        cost = program.cost("training", routing, train=settings_of(), rank=rank)
+        assert not compared(Traffic.of_json(rows), cost.counted_traffic(B=batch, S=length))
 
 
 @pytest.mark.nightly

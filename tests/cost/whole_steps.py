@@ -71,8 +71,8 @@ def compiled(plan: dict[str, Any], world: int = 1, **options: int) -> Program:
 def take_steps(program: Program, settings: Train) -> list[Taken]:
     """Each rank of `program` takes a step, and then one that is counted."""
     if program.layout is None:
-        return [_take(copy.deepcopy(program), settings)]
-    return run_ranks(program.layout.mesh, lambda rank: _take(program.partition(rank), settings))
+        return [take_step(copy.deepcopy(program), settings)]
+    return run_ranks(program.layout.mesh, lambda rank: take_step(program.partition(rank), settings))
 
 
 def counted(ranks: Iterable[Taken]) -> Routing:
@@ -80,7 +80,8 @@ def counted(ranks: Iterable[Taken]) -> Routing:
     return Routing.counted([one.traffic.routed for one in ranks])
 
 
-def _take(local: Program, settings: Train) -> Taken:
+def take_step(local: Program, settings: Train) -> Taken:
+    """One rank takes a step, and then one that is counted."""
     step = OptimizerStep(local.train(), settings)
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCABULARY, (settings.batch, LENGTH + 1), generator=draw)
