@@ -136,6 +136,8 @@ def _require_fitting(space: Space) -> None:
             fitting = ", ".join(map(str, divisors(space.world)))
             needed = f"a number that divides the ranks of the cluster: {fitting}"
             raise PlanError(f"[parallel] {name}", f"{name} = {count} on {space.world} ranks", needed)
+    if wanted.get("data", "auto") != "auto":
+        wanted.setdefault("tensor", space.world // wanted["data"])
     data_size(space.given.model_copy(update=wanted), space.world)
     ways = space.fixed.get("slice", 1)
     for layer in space.layers:

@@ -127,7 +127,7 @@ class _Writing:
         terms = term_layers(self.operations, self.segments)
         first = min(terms.values(), default=None)
         runs = {block: [i for i, of in terms.items() if of == block] for block in sorted(set(terms.values()))}
-        ends = {block: self._ends(run) for block, run in runs.items()}
+        ends = {block: self._ends(run, terms, first) for block, run in runs.items()}
         written = False
         for index in range(self.segments.starts[-1], len(self.operations)):
             if terms.get(index, first) == first:
@@ -140,10 +140,13 @@ class _Writing:
                         self.copy(runs[block], self.segments.numbers[block], numbers[layer])
                         self._end_like(ends, block)
 
-    def _ends(self, run: Sequence[int]) -> list[int]:
-        """The sums that a layer's terms end in: what nothing else of the same layer reads."""
-        read = {before for index in run for before in self.operations[index].after}
-        return [index for index in run if index not in read]
+    def _ends(self, run: Sequence[int], terms: Mapping[int, int], first: int | None) -> list[int]:
+        """The sums that a layer's terms end in: of the first layer what others add to, of the others what
+        nothing else of the same layer reads."""
+        own = [index for index in run if terms[index] == first]
+        readers = [index for index in terms if index not in run] if own else run
+        read = {before for index in readers for before in self.operations[index].after}
+        return [index for index in run if (index in read) == bool(own)]
 
     def _end_like(self, ends: Mapping[int, Sequence[int]], block: int) -> None:
         """Whoever reads the sums up to any of the layers reads from now on those up to this one."""
