@@ -130,10 +130,16 @@ def test_the_guide_shows_a_decoder_as_it_is() -> None:
     _assert_shows(page, "fused", [_part_with("def moe_1(", decoder.fused.text())])
 
 
-def _assert_shows(page: Path, marker: str, parts: list[str]) -> None:
+@pytest.mark.golden
+def test_the_guide_shows_a_cost_as_it_is() -> None:
+    program = moec.compile(gpt.small(), plan=ROOT / "examples" / "pr_moe.toml", verify="off")
+    _assert_shows(ROOT / "docs" / "cost.md", "costs", [str(program.cost("forward"))], language="")
+
+
+def _assert_shows(page: Path, marker: str, parts: list[str], language: str = "py") -> None:
     """The page holds these parts of a program, as code, between the comments `marker`: begin and end."""
     begin, end = (f"<!-- {marker}: {edge} -->" for edge in ("begin", "end"))
     fence = "```"  # not marked `python`: parts of a program do not run by themselves
     excerpt = "\n\n".join(parts)
     head, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    assert_golden(f"{head}{begin}\n\n{fence}py\n{excerpt}\n{fence}\n\n{end}{rest.partition(end)[2]}", page)
+    assert_golden(f"{head}{begin}\n\n{fence}{language}\n{excerpt}\n{fence}\n\n{end}{rest.partition(end)[2]}", page)
