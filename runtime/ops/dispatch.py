@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moec.runtime.ops.buffers import ROWS
 from moec.runtime.ops.registry import define, demand, differentiate
+from moec.runtime.ops.work import Call, Price, Work, price
 
 
 def token_of(order_N: Tensor, top_k: int) -> Tensor:
@@ -68,3 +69,13 @@ def sum_rows(rows_ND: Tensor, order_N: Tensor, top_k: int) -> Tensor:
 
 define("dispatch(Tensor x, Tensor order, int top_k) -> Tensor", _dispatch, _fake)
 differentiate("dispatch", _setup, _backward)
+
+
+def _price(call: Call) -> Price:
+    """A row is read for every slot; backward sums them, a token at a time."""
+    rows, order = call.result_bytes(), call.bytes("order")
+    forward = Work((), rows + order, rows)
+    return Price(forward, Work((), rows + order, call.bytes("x"))) if call.needs_grad("x") else Price(forward)
+
+
+price("dispatch", _price)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moec.runtime.ops.groups import axis_rank
 from moec.runtime.ops.registry import define, demand, differentiate
+from moec.runtime.ops.work import Call, Price, Work, price
 
 
 def _check(x: Tensor, dim: int, blocks: Sequence[int], ranks: int) -> None:
@@ -73,3 +74,13 @@ def _fake_back(grad: Tensor, dim: int, blocks: Sequence[int], ranks: int, axis: 
 define("part(Tensor x, int dim, int[] blocks, int ranks, str axis) -> Tensor", _part, _fake)
 define("part_back(Tensor grad, int dim, int[] blocks, int ranks, str axis) -> Tensor", _part_back, _fake_back)
 differentiate("part", _setup, _backward)
+
+
+def _price(call: Call) -> Price:
+    """This rank's part is copied; backward puts it among zeros."""
+    own = call.result_bytes()
+    forward = Work((), own, own)
+    return Price(forward, Work((), own, call.bytes("x"))) if call.needs_grad("x") else Price(forward)
+
+
+price("part", _price)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moec.runtime.ops.registry import define, demand
+from moec.runtime.ops.work import Call, Price, Work, price
 
 
 def check_remember(cache: Tensor, new: Tensor, at: Tensor, dim: int) -> None:
@@ -41,3 +42,11 @@ def _fake(cache: Tensor, new: Tensor, at: Tensor, dim: int) -> None:
 
 
 define("remember(Tensor(a!) cache, Tensor new, Tensor at, int dim) -> ()", _remember, _fake)
+
+
+def _price(call: Call) -> Price:
+    """What is new is written; the rest of the cache is not touched."""
+    return Price(Work((), call.bytes("new") + call.bytes("at"), call.bytes("new")))
+
+
+price("remember", _price)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moec.runtime.ops.groups import axis_rank, axis_size
 from moec.runtime.ops.registry import define, demand, differentiate
+from moec.runtime.ops.work import Call, Price, Work, price
 
 c10d = torch.ops._c10d_functional
 
@@ -101,3 +102,13 @@ define("unshare(Tensor y, SymInt num_rows, str axis) -> Tensor", _unshare, _fake
 define("sum_share(Tensor x, str axis) -> Tensor", _sum_share, _fake_share)
 differentiate("share", _keep_share, _share_back)
 differentiate("unshare", _keep_unshare, _unshare_back)
+
+
+def _price(call: Call) -> Price:
+    """This rank's part is copied; backward puts it among zeros."""
+    own = call.result_bytes()
+    forward = Work((), own, own)
+    return Price(forward, Work((), own, call.bytes("x"))) if call.needs_grad("x") else Price(forward)
+
+
+price("share", _price)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moec.runtime.ops.groups import axis_rank, axis_size
 from moec.runtime.ops.registry import define, define_composite, demand, differentiate, wide
+from moec.runtime.ops.work import Call, Price, Work, price
 
 c10d = torch.ops._c10d_functional
 aten = torch.ops.aten
@@ -260,3 +261,15 @@ define("sum_vocabulary(Tensor x, SymInt held, str axis) -> Tensor", _sum_part, _
 differentiate("embedding_part", _keep_tokens, _embedding_back)
 differentiate("cross_entropy_part_totals", _keep_losses, _losses_back)
 differentiate("gather_vocabulary", _keep_gather, _gather_back)
+
+
+def _embedding_price(call: Call) -> Price:
+    """Rows are looked up, and those of others' words zeroed; the gradient of the part is written whole."""
+    out, tokens = call.result_bytes(), call.bytes("tokens")
+    forward = Work((), 2 * out + tokens, 2 * out, 2)
+    if not call.needs_grad("weight"):
+        return Price(forward)
+    return Price(forward, Work((), out + tokens, 2 * call.bytes("weight") + out, 2))
+
+
+price("embedding_part", _embedding_price)
