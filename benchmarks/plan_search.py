@@ -116,7 +116,8 @@ def table(rows: list[Searched]) -> str:
         paper = "does not fit" if row.paper is None else f"{1e3 * row.paper:.2f}"
         lines.append(
             f"| {row.name} | {row.ranks} | {row.paper_plan} | {paper} "
-            f"| {row.best_plan} | {1e3 * row.best:.2f} | {row.tried} | {row.shapes} | {row.capture_seconds} | {row.search_seconds} |"
+            f"| {row.best_plan} | {1e3 * row.best:.2f} | {row.tried} | {row.shapes} "
+            f"| {row.capture_seconds} | {row.search_seconds} |"
         )
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from moec.program import Program
 from .arrangements import Space, arrangements, least_bytes, mesh_of
 from .folding import Folding, fold
 from .found import Found, Proof
-from .job import Job
+from .job import Job, checked
 from .lowering import Lowering
 from .misfit import nothing_fits
 from .outcome import Outcome, times_of
@@ -57,6 +57,7 @@ def search(
     Raises `PlanError` for an unknown objective, for fixed axes that the ranks do not allow, and where nothing
     fits, with the nearest change that would; `MeshError` for ranks that the cluster does not have.
     """
+    checked(objective)  # before the model is captured, which takes longer
     hardware = cluster if isinstance(cluster, Hardware) else Hardware.named(cluster)
     hardware = hardware if ranks is None else _of_ranks(hardware, ranks)
     program, captured_in = _program(model, plan)
