@@ -195,6 +195,7 @@ class Cost:
         hardware: Hardware | None = None,
         names: tuple[str, str] = ("this", "the other"),
         over: tuple[float, float] = (1, 4096),
+        said: str = "wins",
         **letters: float,
     ) -> Crossover:
         """Where this costs less than `other` (a cost, an expression or a number), as `letter` grows.
@@ -205,7 +206,7 @@ class Cost:
         free = {letter, *letters}
         mine = self._solvable(amount, hardware, free)
         theirs = other._solvable(amount, hardware, free) if isinstance(other, Cost) else other
-        return crossover(mine, theirs, letter, names=names, over=over, **letters)
+        return crossover(mine, theirs, letter, names=names, over=over, said=said, **letters)
 
     def _solvable(self, amount: Any, hardware: Hardware | None, free: set[str]) -> sympy.Expr:
         found = self.seconds_expression(hardware) if amount == "seconds" else self.amount(amount)

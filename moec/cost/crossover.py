@@ -62,6 +62,7 @@ class Crossover:
     points: tuple[Point, ...]
     whole: bool = True
     given: Mapping[str, float] = field(default_factory=dict)
+    said: str = "wins"
 
     def winner(self, at: float) -> str:
         """Who costs less there; empty where both cost the same. Raises `CostError` outside of the range."""
@@ -81,14 +82,14 @@ class Crossover:
 
     def _told(self, place: int) -> str:
         winner = self.stretches[place].winner
-        said = f"{winner} wins" if winner else "both are equal"
+        said = f"{winner} {self.said}" if winner else "both are equal"
         return f"{said} {self._when(place)}"
 
     def _when(self, place: int) -> str:
         """The condition of one stretch: `when p > 23.4`, of whole numbers `when p ≥ 24`."""
         stretch, last = self.stretches[place], len(self.stretches) - 1
         less, more = ("≤", "≥") if self.whole else ("<", ">")
-        low, high = short(stretch.low), short(stretch.high)
+        low, high = self._written(stretch.low), self._written(stretch.high)
         if last == 0:
             return "everywhere"
         if stretch.low == stretch.high:
@@ -100,6 +101,10 @@ class Crossover:
             if place == last
             else f"when {low} {less} {self.letter} {less} {high}"
         )
+
+    def _written(self, at: float) -> str:
+        """An end of a stretch: four figures, but whole numbers in full."""
+        return f"{int(at):,}" if self.whole else short(at)
 
     @property
     def formulas(self) -> tuple[str, ...]:
@@ -126,10 +131,12 @@ def crossover(
     *,
     names: tuple[str, str] = ("the first", "the second"),
     over: tuple[float, float] = (1, 4096),
+    said: str = "wins",
     **given: float,
 ) -> Crossover:
     """Where `first` is less than `second`, two expressions or numbers, for `letter` in the range `over`.
 
+    `names` and `said`: in which words the outcome is told of the one that is less.
     `given`: numbers for all other letters. A letter that counts something (`symbol`) takes whole numbers.
     Raises `CostError` for a letter that stands in neither, one without a number, or an empty range.
     """
@@ -155,6 +162,7 @@ def crossover(
         tuple(_point(sides[0] - sides[1], letters[letter], numbers, change) for change in changes),
         bool(letters[letter].is_integer),
         {str(name): float(number) for name, number in numbers.items()},
+        said,
     )
 
 

@@ -88,7 +88,8 @@ class _Readable(StrPrinter):  # type: ignore[misc]  # sympy has no types
         return f"{sign}{above}/" + (f"({below})" if sum(one != 1 for one in under) > 1 else below)
 
     def _product(self, factors: Sequence[Any]) -> str:
-        kept = [sympy.sympify(one) for one in factors if one != 1]
+        found = map(sympy.sympify, factors)
+        kept = [one for one in found if not (one.is_number and float(one) == 1)]
         return "·".join(self.parenthesize(one, PRECEDENCE["Mul"]) for one in kept) or "1"
 
     def _print_Pow(self, expr: Any, rational: bool = False) -> str:
