@@ -3,7 +3,8 @@
     python -m benchmarks.predicted [--hardware FILE.toml] [--rounds 11] [--only WORD]... [--explain WORD]
                                    [--out FILE.json]
 
-Without a hardware file the machine is calibrated first (`moec calibrate`, about two minutes). Every point is
+Without a hardware file, or where there is none yet, the machine is calibrated first (`moec calibrate`, about
+three minutes). Every point is
 predicted before anything of it is measured, and none has a size that was calibrated. Points take turns, round
 after round. A prediction is held against the fastest round: what the code takes when the machine lets it; the
 median is beside it. Two ranks are two processes of one thread; the slower one counts.
@@ -192,6 +193,16 @@ def chosen(words: list[str]) -> tuple[tuple[Point, ...], tuple[Point, ...]]:
     return alone, together
 
 
+def hardware_of(path: Path | None) -> Hardware:
+    """What the file says; where there is none, what a calibration says, which is written there."""
+    if path is not None and path.exists():
+        return Hardware.from_toml(path)
+    found = calibrate(command="python -m benchmarks.predicted", told=_CONSOLE.print)
+    if path is not None:
+        write(found, path)
+    return found
+
+
 def main() -> None:
     """Calibrate if need be, predict, measure, compare."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted", description=__doc__)
@@ -202,10 +213,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.hardware is None:
-        arguments.hardware = arguments.out.with_suffix(".toml")
-        write(calibrate(command="python -m benchmarks.predicted", told=_CONSOLE.print), arguments.hardware)
-    hardware = Hardware.from_toml(arguments.hardware)
+    hardware = hardware_of(arguments.hardware)
     alone, together = chosen(arguments.only)
     if arguments.explain:
         for point in alone:
@@ -213,6 +221,8 @@ def main() -> None:
                 explain(point, hardware)
         return
     record: dict[str, Any] = {"command": "python -m benchmarks.predicted", "machine": machine.describe()}
+    assert hardware.device.measured is not None
+    record["calibration"] = hardware.device.measured.about.model_dump()
     cases = [predicted(point, hardware) for point in (*alone, *together)]
     times = run_alone(alone, arguments.rounds) if alone else {}
     if together:

@@ -15,6 +15,8 @@ from .clock import Stopwatch
 COPY = "aten::copy_"
 # Beside what they send: gradients are laid end to end, and stretches of weights put together.
 LAID_OUT = ("_c10d_functional::reduce_scatter_tensor", "_c10d_functional::all_gather_into_tensor")
+ALL_REDUCE = "_c10d_functional::all_reduce"  # its copy is a part of the message that is measured
+_NOTHING, _DIRECTIONS = Line(bytes=[0.0], seconds=[0.0]), ("forward", "backward", "inference")
 TENSORS = 12  # of a group: the number that two or three layers have
 SIZES: Sequence[int] = (12 << 10, 384 << 10, 3 << 20, 24 << 20, 96 << 20)
 QUICK: Sequence[int] = (12 << 10, 1 << 20)
@@ -40,7 +42,7 @@ def measure_optimizer(watch: Stopwatch, sizes: Sequence[int]) -> dict[str, dict[
         name: {"forward": Line(bytes=[moved[name] * size for size in sizes], seconds=seconds)}
         for name, seconds in times.items()
     }
-    return found | dict.fromkeys(LAID_OUT, found[COPY])
+    return found | dict.fromkeys(LAID_OUT, found[COPY]) | {ALL_REDUCE: dict.fromkeys(_DIRECTIONS, _NOTHING)}
 
 
 def _lay_out(flat: Tensor, gradients: Sequence[Tensor]) -> None:
