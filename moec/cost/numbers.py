@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import sympy
+from sympy.functions.elementary.piecewise import ExprCondPair
 
 from moec.errors import CostError
 from moec.runtime.ops.work import Product, Work
@@ -171,10 +172,23 @@ def _power(values: Sequence[Any]) -> Any:
     return base**exponent
 
 
+def _case(values: Sequence[Any]) -> Any:
+    """The value of the first case that holds; a case is a pair (value, whether it holds)."""
+    if any(_arrays(case) for case in values):
+        return np.select([holds for _, holds in values], [value for value, _ in values], np.nan)
+    found = next((value for value, holds in values if holds), None)
+    if found is None:
+        raise CostError("cost", "no case that holds", "ranks that the experts of a layer can be dealt out to")
+    return found
+
+
 _COMPUTE: dict[Any, Callable[[Sequence[Any]], Any]] = {
     sympy.Add: sum,
     sympy.Mul: lambda values: reduce(operator.mul, values),
     sympy.Pow: _power,
+    sympy.Piecewise: _case,
+    ExprCondPair: tuple,
+    sympy.Eq: lambda values: values[0] == values[1],
     sympy.Max: _largest,
     sympy.Min: _smallest,
     sympy.ceiling: lambda values: np.ceil(values[0]) if _arrays(values) else math.ceil(values[0]),

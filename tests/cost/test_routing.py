@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moec.cost import Hardware, predict
 from moec.cost.routing import Expected, Routing, cut_off, fullest
 from moec.cost.rows import Table
 from moec.cost.symbols import symbol
@@ -131,6 +132,24 @@ def test_a_skew_costs_the_program_time() -> None:
     experts = [sum(one.forward.flops for one in cost.operations if one.kind == "experts")
                for cost in (even, skewed)]  # fmt: skip
     assert even.number(experts[1], **at) == 1.5 * even.number(experts[0], **at)
+
+
+def test_shares_decide_how_long_it_takes() -> None:
+    """The fullest rank of as many as the axis has is the one that is waited for."""
+    program = compiled({"moe": {"experts": 4, "top_k": 2, "layers": "-1:"}, "parallel": {"expert": 2}}, 2)
+    even, skewed = (
+        program.cost("forward", routing) for routing in (None, Routing.skewed([0.5, 0.25, 0.125, 0.125]))
+    )
+    at = {"B": 2, "S": 8}
+    assert skewed.number(skewed.flops, **at) > even.number(even.flops, **at)
+    told = [one for one in skewed.evaluator({**at, **skewed.mesh.axes()}) if one is not None]
+    assert skewed.number(skewed.operations[-1].forward.bytes, **at) in told
+    hardware = Hardware.shipped("a100")
+    at = {"B": 64, "S": 512}
+    assert (
+        predict(skewed, hardware, **at).by("kind")["experts"]
+        > predict(even, hardware, **at).by("kind")["experts"]
+    )
 
 
 @pytest.mark.parametrize(
