@@ -8,6 +8,7 @@ import sympy
 
 from moec import ir
 from moec.cost.cost import Cost
+from moec.cost.operators.attention import Attention
 from moec.cost.phases import TrainingStep, head_of, inference_operations, training_operations
 from moec.cost.read import read_graph
 from moec.cost.routing import Routing
@@ -28,6 +29,7 @@ def cost_of(
     *,
     train: Train | None = None,
     rank: int = 0,
+    attention: Attention | None = None,
 ) -> Cost:
     """See `Program.cost`."""
     if phase not in get_args(Phase):
@@ -37,7 +39,9 @@ def cost_of(
         whole = program.partition(rank)
     rank, read = whole.rank or 0, graph_of(whole, phase)
     training = phase == "training"
-    reading = read_graph(read.graph, read.layout, training=training, routing=routing, rank=rank)
+    reading = read_graph(
+        read.graph, read.layout, training=training, attention=attention, routing=routing, rank=rank
+    )
     head, weights = head_of(reading, logits_split(whole)), Weights.of(read, rank)
     mesh, cache = weights.mesh, sympy.Add(*(value.bytes for value in reading.inputs[3:]))
     if not training:

@@ -22,6 +22,7 @@ from moec.plan import LayerSettings, Plan, Train
 
 if TYPE_CHECKING:
     from moec.cost.cost import Cost
+    from moec.cost.operators.attention import Attention
     from moec.cost.routing import Routing
     from moec.decoder import Decoder
     from moec.foresight import Phase
@@ -214,18 +215,21 @@ class Program(Objective):
         *,
         train: Train | None = None,
         rank: int = 0,
+        attention: Attention | None = None,
     ) -> Cost:
         """What this program costs one rank, operator by operator, as expressions in batch, sequence and axes.
 
         `phase`: a `training` step, a `forward` run, or one step of the `decode`r. `routing`: how tokens are
         dealt out to experts (left out: evenly). `train`: how a step is taken (left out: as the plan says).
-        `rank`: of a placed program, whose cost it is; the first holds as much as any other. Nothing runs; a
+        `rank`: of a placed program, whose cost it is; the first holds as much as any other. `attention`: by
+        kernels like `flash`, which compute scores again, or by `math`, product by product (left out: as torch
+        takes it where the weights lie; on `meta`, as on a GPU). Nothing runs; a
         placed program is partitioned on `meta`. See `moec.cost.Cost`. Raises `CostError` for a routing that
         does not fit.
         """
         from moec.foresight import cost_of
 
-        return cost_of(self, phase, routing, train=train, rank=rank)
+        return cost_of(self, phase, routing, train=train, rank=rank, attention=attention)
 
     def save(self, directory: str | Path) -> Path:
         """Write text, manifest and weights; `moec.load` reads them. Atomic; nothing executable is pickled.

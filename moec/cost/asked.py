@@ -82,8 +82,12 @@ class Oracle:
                 if one % here == 0 and one * there == two * here:
                     letters = [self.letters.get(symbol, symbol) for symbol in chosen]
                     found = sympy.Integer(one // here) * sympy.prod(letters)
-                    return lambda _, found=found: found
+                    return _always(found)
         raise OperatorError(target, f"{one} kept elements", "a product of batch, sequence and sizes")
+
+
+def _always(size: sympy.Expr) -> Numel:
+    return lambda values: size
 
 
 def _part_of(place: int, start: int, end: int | None) -> Numel:
@@ -106,9 +110,10 @@ class _Call:
     """A call with numbers for letters, not yet made."""
 
     def __init__(self, node: fx.Node, known: dict[fx.Node, Any], point: Samples) -> None:
-        given = fx.map_arg(
-            arguments_of(node), lambda other: _Operand(meant(other, known[other]), known[other])
-        )
+        def operand(other: fx.Node) -> Any:
+            return _Operand(meant(other, known[other]), known[other])
+
+        given = fx.map_arg(arguments_of(node), operand)
         leaves, self.spec = pytree.tree_flatten(given)
         self.leaves = [self._number(leaf, point) for leaf in leaves]
         self.point, self.target = point, node.target

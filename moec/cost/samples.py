@@ -53,6 +53,7 @@ class Samples:
 
 def meant(node: fx.Node, known: Any) -> Any:
     """What `node` stands for: a tensor of the graph, a size, or the value that is `known` of it."""
-    held = attribute(node.graph.owning_module, str(node.target)) if node.op == "get_attr" else None
+    owner = node.graph.owning_module
+    held = attribute(owner, str(node.target)) if owner is not None and node.op == "get_attr" else None
     value = held if isinstance(held, Tensor) else node.meta.get("val")
     return known if value is None else value

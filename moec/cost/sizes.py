@@ -73,8 +73,9 @@ class SizeReader:
             return self.size(size)
         if axis in self.axes:
             return self._uneven(size, axis, operands) or self._split(sympy.Integer(size), axis)
-        fits = proposal is not None and proposal.free_symbols <= self.at.keys()
-        return proposal if fits and proposal.xreplace(self.at) == size else sympy.Integer(size)
+        if proposal is None or not proposal.free_symbols <= self.at.keys():
+            return sympy.Integer(size)
+        return proposal if proposal.xreplace(self.at) == size else sympy.Integer(size)
 
     def _split(self, size: sympy.Expr, axis: str | None) -> sympy.Expr:
         ranks = self.axes.get(axis or "")
