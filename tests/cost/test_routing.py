@@ -142,14 +142,9 @@ def test_shares_decide_how_long_it_takes() -> None:
     )
     at = {"B": 2, "S": 8}
     assert skewed.number(skewed.flops, **at) > even.number(even.flops, **at)
-    told = [one for one in skewed.evaluator({**at, **skewed.mesh.axes()}) if one is not None]
-    assert skewed.number(skewed.operations[-1].forward.bytes, **at) in told
-    hardware = Hardware.shipped("a100")
-    at = {"B": 64, "S": 512}
-    assert (
-        predict(skewed, hardware, **at).by("kind")["experts"]
-        > predict(even, hardware, **at).by("kind")["experts"]
-    )
+    hardware, at = Hardware.shipped("a100"), {"B": 64, "S": 512}
+    times = [predict(cost, hardware, **at).by("kind")["experts"] for cost in (even, skewed)]
+    assert times[0] < times[1]
 
 
 @pytest.mark.parametrize(
