@@ -43,7 +43,7 @@ from moec.cost import Hardware, Prediction
 from moec.runtime.mesh import connected
 
 RESULTS = page.RESULTS / "predicted.json"
-_CONSOLE = Console(width=130)
+_CONSOLE = Console(width=150)
 
 
 def predicted(point: Point, hardware: Hardware) -> dict[str, Any]:
