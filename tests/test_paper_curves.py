@@ -16,13 +16,13 @@ from benchmarks.paper_baseline import Sizes, baseline_cost, expert_operations, o
 from benchmarks.paper_curves import RESULTS, key
 from benchmarks.paper_deepspeed import deepspeed_cost
 from benchmarks.paper_memory import cache_of, weights_of
-from benchmarks.paper_models import SERVED, Place, Served, compiled, decode_cost, repeated, total_parameters
+from benchmarks.paper_models import SERVED, Place, Served, compiled, repeated, total_parameters
 from benchmarks.paper_points import POINTS, cluster, host_seconds, starts, step
 from benchmarks.paper_tables import rounded, tables
 from moec.cost import Cost
 
 DOCS = Path(__file__).parents[1] / "docs" / "paper.md"
-TINY = Served("tiny", 10, 64, 4, experts=4, last_two=4)
+TINY = Served("tiny", 10, 64, 4, experts=4, last_two=4)  # repeated: 6 layers, the second pair three times
 
 
 @cache
@@ -61,6 +61,7 @@ def test_repeated_layers_cost_what_the_whole_program_does() -> None:
     """Operation by operator, with what it reads: 6 layers, the second pair three times, are 10 layers."""
     folded, whole = repeated(tiny_decoder(6), 3), tiny_decoder(10)
     assert len(folded.operations) == len(whole.operations)
+    assert [one.kind for one in folded.operations].count("attention") == TINY.layers
     for one, other in zip(folded.operations, whole.operations, strict=True):
         assert (one.operator, one.forward, one.sends) == (other.operator, other.forward, other.sends)
         assert (one.after, one.weights) == (other.after, other.weights)
@@ -125,9 +126,9 @@ def test_deepspeed_reads_every_local_expert_and_sends_all_slots() -> None:
 
 
 def test_weights_and_cache_are_those_of_the_program() -> None:
-    program = compiled(TINY, Place(4, 4), 6)
-    cost = program.cost("decode")
-    assert weights_of(cost) == 2 * program.partition(0).num_parameters()
+    program, cost = compiled(TINY, Place(4, 4), 6), tiny_decoder(6)
+    held = dict(program.partition(0).named_parameters()).values()
+    assert weights_of(cost) == sum(weight.numel() * weight.itemsize for weight in held)
     assert cache_of(replace(TINY, layers=6)) == cost.number(cost.memory.cache, B=8, L=256, n=1, m=1)
 
 
@@ -148,10 +149,3 @@ def test_the_page_shows_the_record() -> None:
 def test_totals_are_rounded_as_the_paper_prints_them() -> None:
     assert rounded(1_046_920_000_000, "1046.9B") == "1046.9B"
     assert rounded(354_871_296, "350M") == "355M"
-
-
-def test_a_decoder_is_repeated_to_its_full_depth() -> None:
-    layers = {one.region for one in decode_cost(TINY, Place(4, 4)).operations if one.kind == "attention"}
-    assert layers == {f"attention_{i}" for i in range(6)}
-    attentions = [one for one in decode_cost(TINY, Place(4, 4)).operations if one.kind == "attention"]
-    assert len(attentions) == TINY.layers
