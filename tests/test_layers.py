@@ -24,7 +24,7 @@ BELOW = {
 ROOF = {"view", "program", "api", "cli", "commands", "__main__", "__init__"}
 ROOF |= {"models", "pretrained", "explain", "bisect", "difference", "values", "reproduction", "local_program"}
 ROOF |= {"simulate", "simulation", "all_ranks", "decoder", "local_decoder", "students", "importance"}
-ROOF |= {"objective", "teaching", "foresight", "planning", "calibration", "sweep", "drawing"}
+ROOF |= {"objective", "teaching", "foresight", "planning", "calibration", "sweep", "drawing", "cli_costs"}
 
 
 def room_of(module: str) -> str:
