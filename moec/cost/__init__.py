@@ -5,9 +5,11 @@ from .device import Device
 from .generation import Generation, predict_generation
 from .hardware import Hardware
 from .link import Link, Way
+from .memory import Memory
 from .operation import Operation, Sending
 from .predict import Prediction, predict
 from .read import read_operations
+from .routing import Routing
 from .symbols import meaning, symbol
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "Generation",
     "Hardware",
     "Link",
+    "Memory",
     "Operation",
     "Prediction",
+    "Routing",
     "Sending",
     "Way",
     "meaning",

@@ -41,6 +41,7 @@ class Collective:
 
     @property
     def ranks(self) -> sympy.Symbol:
+        """How many there are along the axis."""
         return symbol(self.axis)
 
     def sending(self, operator: str, sent: Sent) -> Sending:
