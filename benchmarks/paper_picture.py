@@ -35,13 +35,13 @@ def _scaling(axes: Axes, points: list[dict[str, Any]]) -> None:
     axes.plot([p["ranks"] for p in fused], [p["moec"] * 1e3 for p in fused], "--k", label="moec, predicted")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(count) for count in ranks])
-    axes.set(title="1.3B+MoE-128 (52B)", xlabel="GPUs", ylabel="ms a token", ylim=(0, None))
+    axes.set(title="1.3B+MoE-128 (52B)", xlabel="GPUs", ylabel="ms a token", ylim=(0, 110))
     axes.legend(frameon=False)
 
 
 def _sizes(axes: Axes, points: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(point["model"] for point in points))
-    for shift, (system, colour) in zip((-0.4, 0.0), _COLOURS.items(), strict=True):
+    for shift, (system, colour) in zip((-0.29, 0.1), _COLOURS.items(), strict=True):
         own = [point for point in points if point["system"] == system]
         places = [names.index(point["model"]) + shift for point in own]
         axes.bar(
