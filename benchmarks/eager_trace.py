@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moec.cost import Operation, Sending
-from moec.cost.kinds import kind_of
+from moec.cost.reading.kinds import kind_of
 from moec.runtime.ops.work import Product, Work
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")

@@ -53,7 +53,7 @@ def measure(name: str) -> Searched:
     import torch
 
     from benchmarks.paper_models import SERVED, Place, compiled
-    from moec.cost.hardware import Hardware
+    from moec.cost.machine.hardware import Hardware
     from moec.plan import Parallel
     from moec.planning.job import Job
     from moec.planning.search import Search, search
@@ -67,10 +67,9 @@ def measure(name: str) -> Searched:
     found = search(program, hardware, batch=batch, past=POSITIONS, check=0)
     done = time.process_time()
     place = Place.of(served, world)
-    kind = "auto" if served.tensor > 1 else "hierarchical"
     own = Parallel(
         data=world // served.tensor, tensor=served.tensor, expert=place.expert, slice=place.slice,
-        all_to_all=kind, node=hardware.per_node,
+        all_to_all="auto" if served.tensor > 1 else "hierarchical", node=hardware.per_node,
     )  # fmt: skip
     job = Job.of(program, "latency", world, batch=batch, past=POSITIONS)
     theirs = Search(program, job, hardware, hardware.device.memory).outcome(own, ROWS)

@@ -21,7 +21,7 @@ import moec
 from examples import demo_ranks_screen as screen
 from examples import gpt
 from examples.demo import PLAN, new_folder
-from moec.cost.counted_traffic import predict_traffic
+from moec.cost.rank.counted_traffic import predict_traffic
 from moec.local_program import LocalProgram
 from moec.plan import Plan
 from moec.runtime.data import TextData, load_text

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moec.cost.spelling import short
+from moec.cost.shown.spelling import short
 from moec.errors import CostError, nearest
 from moec.sweep import OF, Curve, Sweep
 

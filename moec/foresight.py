@@ -8,11 +8,11 @@ import sympy
 
 from moec import ir
 from moec.cost.cost import Cost
-from moec.cost.operators.attention import Attention
-from moec.cost.phases import TrainingStep, head_of, inference_operations, training_operations
-from moec.cost.read import read_graph
-from moec.cost.routing import Routing
-from moec.cost.weights import Weights
+from moec.cost.rank.weights import Weights
+from moec.cost.reading.operators.attention import Attention
+from moec.cost.reading.read import read_graph
+from moec.cost.reading.routing import Routing
+from moec.cost.step.phases import TrainingStep, head_of, inference_operations, training_operations
 from moec.decoder import DEFAULT_LENGTH
 from moec.errors import PassError
 from moec.passes.place_dense import logits_split

@@ -22,8 +22,8 @@ from moec.plan import LayerSettings, Plan, Train
 
 if TYPE_CHECKING:
     from moec.cost.cost import Cost
-    from moec.cost.operators.attention import Attention
-    from moec.cost.routing import Routing
+    from moec.cost.reading.operators.attention import Attention
+    from moec.cost.reading.routing import Routing
     from moec.decoder import Decoder
     from moec.foresight import Phase
     from moec.local_program import LocalProgram

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moec.all_ranks import Gradients, all_parts, joined_gradients
-from moec.cost.counted_traffic import predict_traffic
+from moec.cost.rank.counted_traffic import predict_traffic
 from moec.errors import DataError, PassError
 from moec.ir.graphs import output
 from moec.ir.mesh import DATA, TENSOR, Mesh

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moec.cost.counted_traffic import compared
+from moec.cost.rank.counted_traffic import compared
 from moec.ir.mesh import Mesh
 from moec.runtime.ops.sent import Traffic, summed
 from moec.runtime.traffic_report import traffic_table

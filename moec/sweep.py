@@ -11,8 +11,8 @@ from typing import Any
 
 from moec.api import place
 from moec.cost.cost import Cost
-from moec.cost.hardware import Hardware
-from moec.cost.predict import predict
+from moec.cost.machine.hardware import Hardware
+from moec.cost.timing.predict import predict
 from moec.errors import CostError, nearest
 from moec.foresight import Phase
 from moec.program import Program

@@ -8,7 +8,7 @@ Counted are the collectives of graphs (`_c10d_functional.*`) as they are called,
 (`moec.exchange` calls one, with sizes that are data) under the name of the operator around them. A rank's own
 part of what it sends is not counted. What a collective costs is in `moec.runtime.ops.sent`.
 
-`moec.cost.counted_traffic` says the same of a graph that has not run.
+`moec.cost.rank.counted_traffic` says the same of a graph that has not run.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 import moec
-from moec.cost.device import Device
-from moec.cost.hardware import Hardware
-from moec.cost.link import Link
-from moec.cost.measured import VERSION, About, Grid, Line, Measured
+from moec.cost.machine.device import Device
+from moec.cost.machine.hardware import Hardware
+from moec.cost.machine.link import Link
+from moec.cost.machine.measured import VERSION, About, Grid, Line, Measured
 
 from . import grids, links, optimizer, references
 from .clock import Stopwatch

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moec.runtime.ops  # noqa: F401 (registers moec::linear)
-from moec.cost.measured import Grid, Line
+from moec.cost.machine.measured import Grid, Line
 
 from .clock import Stopwatch
 from .pool import FAR, NEAR, Pool, Run, Shapes

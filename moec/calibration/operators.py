@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.cost.arranged import arranged
 from moec.cost.cost import Cost
-from moec.cost.measured import ATTENTION, Direction, Line, Measured, beside_products
-from moec.cost.numbers import numbered
+from moec.cost.machine.measured import ATTENTION, Direction, Line, Measured, beside_products
+from moec.cost.timing.arranged import arranged
+from moec.cost.timing.numbers import numbered
 from moec.foresight import Phase
 from moec.program import Program
 from moec.runtime.ops.work import Work
@@ -24,7 +24,7 @@ from .clock import Stopwatch
 from .references import Shape
 from .watched import Times, WatchedRun
 
-_LOSS = "loss.cross_entropy"  # as `moec.cost.loss` names it
+_LOSS = "loss.cross_entropy"  # as `moec.cost.step.loss` names it
 _FEWEST, _MOST, _LONG = 3, 40, 2.0  # runs; seconds after which the fewest will do
 _FIRST = 2  # runs that are not counted: the first ones find nothing where it will be
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moec.cost.measured import Line
+from moec.cost.machine.measured import Line
 
 from .clock import Stopwatch
 
@@ -24,7 +24,7 @@ QUICK: Sequence[int] = (12 << 10, 1 << 20)
 
 @torch.no_grad()
 def measure_optimizer(watch: Stopwatch, sizes: Sequence[int]) -> dict[str, dict[str, Line]]:
-    """Lines by the bytes that the operators of `moec.cost.update` read and write; `sizes`: of the weights."""
+    """Lines by the bytes that `moec.cost.step.update` reads and writes; `sizes`: of the weights."""
     names = ("aten::linalg_vector_norm", "aten::_fused_adamw_", COPY)
     times: dict[str, list[float]] = {name: [] for name in names}
     for size in sizes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli_w
 
-from moec.cost.hardware import Hardware
+from moec.cost.machine.hardware import Hardware
 
 _DIGITS = 4
 

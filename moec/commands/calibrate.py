@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moec.calibration.calibrate import FULL, QUICK, calibrate
 from moec.calibration.written import write
-from moec.cost.hardware import Hardware
+from moec.cost.machine.hardware import Hardware
 from moec.errors import MoecError
 
 BUSY = 1.1

@@ -11,9 +11,9 @@ from moec.commands.foreseen import Asked, program_on_meta
 from moec.commands.screen import show, show_heading, show_json, show_table
 from moec.cost.cost import Cost
 from moec.cost.operation import KINDS
-from moec.cost.prediction import Prediction
-from moec.cost.spelling import expanded, in_full, spelled
-from moec.cost.table import NONE
+from moec.cost.shown.spelling import expanded, in_full, spelled
+from moec.cost.shown.table import NONE
+from moec.cost.timing.prediction import Prediction
 from moec.errors import PlanError
 from moec.explain import explain
 from moec.ir.layout import ranges

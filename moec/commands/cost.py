@@ -7,10 +7,10 @@ from typing import Any
 from moec.commands.foreseen import Asked, program_on_meta
 from moec.commands.screen import show, show_heading, show_json
 from moec.cost.cost import Cost
-from moec.cost.prediction import Prediction
-from moec.cost.spelling import short
-from moec.cost.summary import BY
-from moec.cost.table import Column, Table
+from moec.cost.shown.spelling import short
+from moec.cost.shown.summary import BY
+from moec.cost.shown.table import Column, Table
+from moec.cost.timing.prediction import Prediction
 from moec.errors import CostError, nearest
 
 

@@ -9,8 +9,8 @@ from moec.api import place
 from moec.commands.outline import outline_of
 from moec.commands.programs import compiled
 from moec.cost.cost import Cost
-from moec.cost.hardware import Hardware
-from moec.cost.predict import Prediction, predict
+from moec.cost.machine.hardware import Hardware
+from moec.cost.timing.predict import Prediction, predict
 from moec.errors import CostError, PlanError, nearest
 from moec.foresight import Phase
 from moec.models import is_saved_program

@@ -10,8 +10,8 @@ from moec.api import world_of
 from moec.commands.compare import DENSE
 from moec.commands.foreseen import NEEDED, OPTIONS, Asked, program_on_meta
 from moec.commands.screen import show, show_table
-from moec.cost.hardware import Hardware
-from moec.cost.spelling import short
+from moec.cost.machine.hardware import Hardware
+from moec.cost.shown.spelling import short
 from moec.drawing import draw, require_drawable
 from moec.errors import CostError, nearest
 from moec.plan import Plan

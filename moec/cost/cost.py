@@ -16,24 +16,23 @@ from typing import Any
 
 import sympy
 
+from moec.cost.machine.hardware import Hardware
+from moec.cost.operation import Operation
+from moec.cost.rank.memory import Memory, memory_of
+from moec.cost.rank.traffic import counted_traffic_of, traffic_of
+from moec.cost.rank.weights import Weights
+from moec.cost.shown import summary
+from moec.cost.shown.crossover import Crossover, crossover
+from moec.cost.shown.lambdified import Numbers, lambdified
+from moec.cost.shown.spelling import latex
+from moec.cost.shown.table import Table
+from moec.cost.step.phases import ONE_PART, TrainingStep
+from moec.cost.symbols import symbol
+from moec.cost.timing.numbers import Evaluator
+from moec.cost.timing.time_expression import seconds_expression
 from moec.errors import CostError, nearest
 from moec.ir.mesh import Mesh
 from moec.runtime.ops.sent import Kind, Sent, Traffic
-
-from . import summary
-from .crossover import Crossover, crossover
-from .hardware import Hardware
-from .lambdified import Numbers, lambdified
-from .memory import Memory, memory_of
-from .numbers import Evaluator
-from .operation import Operation
-from .phases import ONE_PART, TrainingStep
-from .spelling import latex
-from .symbols import symbol
-from .table import Table
-from .time_expression import seconds_expression
-from .traffic import counted_traffic_of, traffic_of
-from .weights import Weights
 
 AMOUNTS = ("flops", "forward_flops", "backward_flops", "bytes", "calls", "sent", "messages", "intensity")
 
@@ -182,7 +181,7 @@ class Cost:
         """Seconds of one run by the roofline, operator by operator, nothing overlapping: one expression.
 
         Without hardware in the letters of `RATES` too. Coarser than `predict`, and there to be solved; see
-        `moec.cost.time_expression`.
+        `moec.cost.timing.time_expression`.
         """
         return seconds_expression(self, hardware)
 
@@ -201,7 +200,7 @@ class Cost:
         """Where this costs less than `other` (a cost, an expression or a number), as `letter` grows.
 
         `amount`: a name of `AMOUNTS`, an expression, or `"seconds"` with `hardware`. Axes that are neither
-        `letter` nor among `letters` are as they are here, on either side. See `moec.cost.crossover`.
+        `letter` nor among `letters` are as they are here, on either side. See `moec.cost.shown.crossover`.
         """
         free = {letter, *letters}
         mine = self._solvable(amount, hardware, free)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.cost.hardware import Hardware
-from moec.cost.spelling import spelled
-from moec.cost.table import Column, Table
+from moec.cost.machine.hardware import Hardware
+from moec.cost.shown.spelling import spelled
+from moec.cost.shown.table import Column, Table
 
 from .job import Job
 from .outcome import Outcome

@@ -15,13 +15,13 @@ from functools import cached_property
 import sympy
 
 from moec import ir
-from moec.cost.arranged import arranged
 from moec.cost.cost import Cost
-from moec.cost.lambdified import Numbers, lambdified
-from moec.cost.phases import TrainingStep, head_of, inference_operations, training_operations
-from moec.cost.read import read_graph
-from moec.cost.routing import Routing
-from moec.cost.weights import Weights
+from moec.cost.rank.weights import Weights
+from moec.cost.reading.read import read_graph
+from moec.cost.reading.routing import Routing
+from moec.cost.shown.lambdified import Numbers, lambdified
+from moec.cost.step.phases import TrainingStep, head_of, inference_operations, training_operations
+from moec.cost.timing.arranged import arranged
 from moec.decoder import DEFAULT_LENGTH
 from moec.foresight import Phase
 from moec.ir.mesh import ExpertAxes, Mesh

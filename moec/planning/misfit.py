@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moec.cost.spelling import spelled
+from moec.cost.shown.spelling import spelled
 from moec.errors import PlanError
 
 from .arrangements import Space, arrangements

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moec.cost.prediction import Prediction
-from moec.cost.schedule import DEVICE
-from moec.cost.spelling import spelled
+from moec.cost.shown.spelling import spelled
+from moec.cost.timing.prediction import Prediction
+from moec.cost.timing.schedule import DEVICE
 from moec.ir.mesh import Mesh
 from moec.plan import Parallel, Plan
 

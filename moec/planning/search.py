@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 
 from moec.api import compile as compile_model
 from moec.api import place, unplaced
-from moec.cost.hardware import Hardware
-from moec.cost.predict import predict
+from moec.cost.machine.hardware import Hardware
+from moec.cost.timing.predict import predict
 from moec.errors import PlanError
 from moec.plan import Parallel, Plan
 from moec.program import Program

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moec.cost.operation import Operation
-from moec.cost.read import Reading
-from moec.cost.value import Value
-from moec.cost.weights import Weight, Weights
+from moec.cost.rank.weights import Weight, Weights
+from moec.cost.reading.read import Reading
+from moec.cost.reading.value import Value
 
 from .segments import Segments
 

@@ -75,7 +75,7 @@ NOTHING = Work(calls=0)
 class Price:
     """What an operator does: forward, backward, and the bytes it keeps in between.
 
-    What is kept is asked of autograd itself (`moec.cost.asked`) unless `shared` says it: the names of
+    What is kept is asked of autograd itself (`moec.cost.reading.asked`) unless `shared` says it: the names of
     arguments that are kept whole, results by their number; `saved` are the bytes that are kept beside them.
     A value that two operators keep is in memory once, so the reader of a graph adds them up.
     """

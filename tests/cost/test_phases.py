@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moec.cost import Cost
-from moec.cost.flop_formulas import flop_formulas
+from moec.cost.reading.flop_formulas import flop_formulas
 from moec.runtime.recompute import recomputing
 from tests.cost.whole_steps import LENGTH, VOCABULARY, compiled, settings_of
 

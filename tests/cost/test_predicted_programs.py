@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moec.cost import Cost, Hardware, predict
-from moec.cost.routing import Routing
+from moec.cost.reading.routing import Routing
 from moec.program import Program
 from tests.cost.whole_steps import compiled
 

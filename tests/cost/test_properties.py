@@ -12,7 +12,7 @@ import sympy
 import moec
 from moec.cost import Cost, Operation, meaning
 from moec.cost.operation import KINDS
-from moec.cost.read import read_operations
+from moec.cost.reading.read import read_operations
 from moec.ir import region_of
 from moec.program import Program
 from moec.runtime.ops.work import Work

@@ -15,7 +15,7 @@ from torch import Tensor
 import moec
 from examples.gpt import GPT, GPTConfig
 from moec.cost import Cost
-from moec.cost.routing import Routing
+from moec.cost.reading.routing import Routing
 from moec.plan import Train
 from moec.program import Program
 from moec.runtime.ops.sent import Traffic

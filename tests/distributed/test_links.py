@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from moec.calibration.links import QUICK, Between, Messages, _fitted, measure_links
-from moec.cost.arranged import Spread
-from moec.cost.collectives import PATTERNS, collective_seconds, ways_of
-from moec.cost.device import Device
-from moec.cost.hardware import Hardware
+from moec.cost.machine.device import Device
+from moec.cost.machine.hardware import Hardware
+from moec.cost.timing.arranged import Spread
+from moec.cost.timing.collectives import PATTERNS, collective_seconds, ways_of
 
 
 @pytest.fixture(scope="module")

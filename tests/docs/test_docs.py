@@ -142,4 +142,6 @@ def _assert_shows(page: Path, marker: str, parts: list[str], language: str = "py
     fence = "```"  # not marked `python`: parts of a program do not run by themselves
     excerpt = "\n\n".join(parts)
     head, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    assert_golden(f"{head}{begin}\n\n{fence}{language}\n{excerpt}\n{fence}\n\n{end}{rest.partition(end)[2]}", page)
+    assert_golden(
+        f"{head}{begin}\n\n{fence}{language}\n{excerpt}\n{fence}\n\n{end}{rest.partition(end)[2]}", page
+    )

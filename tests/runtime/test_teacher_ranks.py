@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec import teaching
-from moec.cost.counted_traffic import compared, predict_traffic
+from moec.cost.rank.counted_traffic import compared, predict_traffic
 from moec.errors import PassError
 from moec.ir.mesh import WORLD
 from moec.local_program import LocalProgram

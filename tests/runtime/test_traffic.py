@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import moec
 from examples.gpt import GPT, GPTConfig
-from moec.cost.counted_traffic import compared, predict_traffic
+from moec.cost.rank.counted_traffic import compared, predict_traffic
 from moec.ir.mesh import Mesh
 from moec.runtime.ops.sent import Kind, Sent, Traffic, summed
 from moec.runtime.simulated import run_ranks

@@ -1,0 +1,1 @@
+"""Machines: devices, links, what connects them, and what was measured of them."""

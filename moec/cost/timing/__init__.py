@@ -1,0 +1,1 @@
+"""Costs in time: numbers for letters, seconds for operations, the longest way through."""
