@@ -7,6 +7,7 @@ allocated.
 
 from __future__ import annotations
 
+import functools
 from typing import TypeVar
 
 import torch
@@ -47,9 +48,14 @@ def without_stand_ins(program: P) -> P:
 
 
 def _stand_in(value: Tensor, numbers: bool) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
     if numbers and value.is_floating_point():
-        made = torch.rand(value.shape, generator=generator).to(value.dtype)
+        made = _numbers(tuple(value.shape), value.dtype)
     else:
         made = torch.zeros((), dtype=value.dtype).expand(value.shape)
     return nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
+
+
+@functools.lru_cache(maxsize=2)
+def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Some numbers, which nobody writes to; a search asks for the same ones many times."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -29,7 +29,8 @@ def lambdified(amount: Any, letters: Sequence[str]) -> Callable[..., Numbers]:
     if missing:
         needed = f"a number, or a place among the letters, for {', '.join(missing)}"
         raise CostError("lambdify", f"letters {', '.join(letters) or 'none'}", needed)
-    compute = sympy.lambdify(given, expr, modules="numpy", printer=_Printer, cse=True)
+    # Without cse, which builds every maximum anew: that is slow, and sympy 1.14 orders some of them wrongly.
+    compute = sympy.lambdify(given, expr, modules="numpy", printer=_Printer)
 
     def function(*numbers: Any) -> Numbers:
         # As floats: products of sizes are soon beyond what an int64 holds, and numpy would not tell.
