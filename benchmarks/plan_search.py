@@ -1,6 +1,6 @@
 """The search against the paper's own arrangements of ranks, for the models that it serves.
 
-    python -m benchmarks.plan_search             # prints the table, writes results/plan_search.json
+    python -m benchmarks.plan_search             # writes results/plan_search.json and the table in docs/paper.md
     python -m benchmarks.plan_search --one NAME  # one model, in this process, as JSON
 
 Both are asked for the same job: the next token of 8 sequences for every data rank that the paper's
@@ -18,7 +18,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.page import write_table
+
 RESULTS = Path(__file__).parent / "results" / "plan_search.json"
+PAPER = Path(__file__).parents[1] / "docs" / "paper.md"
 RANKS = {
     "1.3B+MoE-128": 128,
     "2.4B+MoE-128": 128,
@@ -128,6 +131,7 @@ def main(arguments: list[str]) -> None:
         return
     rows = [measure_apart(name) for name in RANKS]
     RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    write_table(PAPER, RESULTS.stem, table(rows))
     print(table(rows))
 
 
