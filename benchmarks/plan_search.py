@@ -1,6 +1,6 @@
 """The search against the paper's own arrangements of ranks, for the models that it serves.
 
-    python -m benchmarks.plan_search             # writes results/plan_search.json and the table in docs/paper.md
+    python -m benchmarks.plan_search             # the record, and the table in docs/paper.md
     python -m benchmarks.plan_search --one NAME  # one model, in this process, as JSON
 
 Both are asked for the same job: the next token of 8 sequences for every data rank that the paper's
