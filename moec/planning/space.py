@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from moec import ir
 from moec.errors import PlanError
@@ -51,7 +51,16 @@ def dealt_out(program: ir.Program, tensor: int) -> Hashable:
         return ()
     sites, _ = dense_sites(program.graph, tensor)
     splits = [(name, split) for site in sites for name, split in site.splits.items()]
-    return tuple((name, split.dim, split.axis, len(split.blocks)) for name, split in splits)
+    dealt = tuple((name, split.dim, split.axis, len(split.blocks)) for name, split in splits)
+    return _leaves_one(program, tensor), dealt
+
+
+def _leaves_one(program: ir.Program, tensor: int) -> bool:
+    """Whether a part may have a single head: what is a copy with more of them is a view then."""
+    nodes = (node for region in regions(program.graph, "attention").values() for node in region.graph.nodes)
+    values = (node.meta.get("val") for node in nodes)
+    sizes = (size for value in values if isinstance(value, Tensor) for size in value.shape)
+    return any(type(size) is int and size == tensor for size in sizes)
 
 
 def _layer(name: str, module: fx.GraphModule, world: int) -> ExpertLayer:

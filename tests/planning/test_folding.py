@@ -68,8 +68,15 @@ def require_same(found: Cost, axes: dict[str, int], whole: Cost, sizes: dict[str
         assert here.end == pytest.approx(there.end, rel=EXACT), there.operation.name
 
 
-@pytest.mark.parametrize("phase", SIZES)
-@pytest.mark.parametrize("name", PLANS)
+EVERY_DAY = {("all", "training"), ("dense", "forward"), ("pyramid", "training"), ("pyramid", "decode")}
+CASES = [
+    pytest.param(name, phase, marks=[] if (name, phase) in EVERY_DAY else [pytest.mark.nightly])
+    for name in PLANS
+    for phase in SIZES
+]
+
+
+@pytest.mark.parametrize(("name", "phase"), CASES)
 def test_folded_cost_is_the_whole_cost(name: str, phase: Phase) -> None:
     program, sizes = program_of(PLANS[name]), SIZES[phase]
     folding, world = fold(program), 8

@@ -277,7 +277,7 @@ def test_a_teacher_with_the_students_weights_is_refused(data: TextData, tmp_path
         """Hands the lessons of another on."""
 
         def __init__(self, teacher: LiveTeacher) -> None:
-            self.teacher, self.lesson, self.identity = teacher, teacher.lesson, teacher.identity
+            self.program, self.lesson, self.identity = teacher.program, teacher.lesson, teacher.identity
 
     tied = tiny_teacher()
     tied.down = student.down
