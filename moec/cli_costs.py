@@ -177,7 +177,7 @@ def calibrate(
         bool, typer.Option("--quick", help="A rough file in seconds, to try things with.")
     ] = False,
 ) -> None:
-    """Measure this machine, as a hardware file for `moec cost` and `moec plan`; takes about two minutes.
+    """Measure this machine, as a hardware file for `moec cost` and `moec plan`; takes about four minutes.
 
     moec calibrate --out this.toml
     """
