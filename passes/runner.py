@@ -13,6 +13,7 @@ from moec.errors import PassError, VerifyError, nearest
 from moec.ir import Certificate, Check, Pass, Program
 from moec.ir.compare import Observation, comparisons, error_of, observe
 from moec.ir.graphs import named_weights
+from moec.ir.identity import identified, identify, identities
 from moec.ir.inputs import inputs_of
 from moec.ir.shapes import propagate
 from moec.ir.stages import check_stage
@@ -57,8 +58,12 @@ class Runner:
         started = time.perf_counter()
         rewrite.requires(before)
         contract = rewrite.contract_for(before)
-        after = rewrite.apply(before if self.in_place else before.fork())
+        identified(before.graph, len(before.certificates))
+        own = before if self.in_place else before.fork()
+        stood = identities(own.graph)
+        after = rewrite.apply(own)
         propagate(after.graph)
+        identify(after.graph, stood.step(len(before.certificates) + 1, rewrite), stood)
         after.origins = after.origins.of_weights(name for name, _ in named_weights(after.graph))
         certificate = self._certify(rewrite, contract, before, after)
         took = time.perf_counter() - started
