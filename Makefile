@@ -11,7 +11,7 @@ READY   := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-ranks test check format golden bench clean
+.PHONY: help demo demo-ranks test check format golden bench docs clean
 
 help:  ## Print this list
 	@echo "usage: make <command>"
@@ -47,8 +47,11 @@ bench: $(READY)  ## Run the benchmarks and record them in benchmarks/results
 	$(BIN)/python -m benchmarks.paper_contrast
 	$(BIN)/python -m benchmarks.ranks
 
+docs: $(READY)  ## Build the documents as static pages: site/index.html (two minutes: their programs are compiled)
+	$(BIN)/python -m mkdocs build --quiet --strict
+
 clean:  ## Remove build outputs and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find moec passes runtime tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: asked for by its pinned version, pip takes a CPU build where it can see one.
