@@ -12,25 +12,18 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
-import sympy
-import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._ops import OpOverload
 
+from .described import Described
 from .graphs import named_weights
 from .kinds import NUMBERS, infer_kinds
 from .layout import Function, Line, function_text, import_lines
 from .overloads import Kind
 from .region import KINDS, region_of
-from .shapes import symbols
 from .spelling import Spelling, printable
 
-_SHORT_DTYPE = {
-    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.bool: "bool",
-}  # fmt: skip
 _REGION_NAME = re.compile(rf"({'|'.join(KINDS)})(_[0-9]+)?\Z")
 
 
@@ -52,30 +45,37 @@ def unpacked_name(base: str, *taken: Collection[str]) -> str:
     return candidate
 
 
-class _Printer:
-    """Prints one root, twice: once to learn which words are used, then with variables that avoid them."""
+def kinds_below(root: fx.GraphModule) -> dict[str, dict[fx.Node, Kind]]:
+    """The kinds of the nodes of `root` ('') and of the regions that it calls; a region's for its first call.
 
-    def __init__(self, root: fx.GraphModule) -> None:
-        self.root = root
-        self.letters = symbols(root)
-        self.dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
-        self.kinds: dict[str, dict[fx.Node, Kind]] = {}
-        self._infer("", root, ())
+    Raises `ValueError` where a region calls another: no text says that.
+    """
+    found: dict[str, dict[fx.Node, Kind]] = {}
 
-    def _infer(self, path: str, module: fx.GraphModule, inputs: tuple[Kind, ...]) -> Kind:
-        """Kinds of this graph and of the regions it calls; a region is printed for its first call."""
-
+    def infer(path: str, module: fx.GraphModule, inputs: tuple[Kind, ...]) -> Kind:
         def call(node: fx.Node, given: tuple[Kind, ...]) -> Kind:
             child = module.get_submodule(str(node.target))
             if path:
                 raise ValueError(f"{node.name} in {path}: a region cannot call another")
             if not isinstance(child, fx.GraphModule):
                 return "unknown"
-            return self._infer(str(node.target), child, given)
+            return infer(str(node.target), child, given)
 
         kinds, returned = infer_kinds(module.graph, inputs, call)
-        self.kinds.setdefault(path, kinds)
+        found.setdefault(path, kinds)
         return returned
+
+    infer("", root, ())
+    return found
+
+
+class _Printer:
+    """Prints one root, twice: once to learn which words are used, then with variables that avoid them."""
+
+    def __init__(self, root: fx.GraphModule) -> None:
+        self.root = root
+        self.values = Described(root)
+        self.kinds = kinds_below(root)
 
     def text(self, title: Sequence[str]) -> str:
         words = self._functions(set())[1]
@@ -115,36 +115,16 @@ class _Printer:
             if node.op == "output":
                 yield Line(f"return {spelling.returned(node.args[0])}", "", block)
                 continue
-            block = _block_of(node, module, block) if module is self.root else ""
-            items = _unpacked(node, module)
+            block = block_of(node, module, block) if module is self.root else ""
+            items = unpacked(node, module)
             skipped.update(item for item in items if item is not None)
             yield self._line(node, items, spelling, block)
 
     def _line(self, node: fx.Node, items: list[fx.Node | None], spelling: Spelling, block: str) -> Line:
         names = [spelling.name(item) if item is not None else "_" for item in items] or [spelling.name(node)]
         code = f"{', '.join(names)}{',' if len(items) == 1 else ''} = {spelling.expression(node)}"
-        parts = (self._shape(node.meta.get("val")), str(node.meta.get("placement") or ""))
+        parts = (self.values.of(node.meta.get("val")), str(node.meta.get("placement") or ""))
         return Line(code, " · ".join(filter(None, parts)), block, str(node.meta.get("source") or ""))
-
-    # shapes
-
-    def _shape(self, value: Any) -> str:
-        if isinstance(value, Tensor):
-            shape = f"[{', '.join(map(self._size, value.shape))}]"
-            return shape if value.dtype == self.dtype else f"{_dtype(value.dtype)} {shape}"
-        if isinstance(value, tuple | list):
-            shapes = [self._shape(item) for item in value if isinstance(item, Tensor)]
-            alike = len(shapes) > 2 and len(set(shapes)) == 1
-            return f"{len(shapes)} × {shapes[0]}" if alike else ", ".join(shapes)
-        return self._size(value) if isinstance(value, torch.SymInt) else ""
-
-    def _size(self, size: int | torch.SymInt) -> str:
-        if isinstance(size, int):
-            return str(size)
-        expression = size.node.expr
-        free = {symbol: self.letters.get(str(symbol), str(symbol)) for symbol in expression.free_symbols}
-        letters = {symbol: sympy.Symbol(letter, positive=True) for symbol, letter in free.items()}
-        return str(expression.xreplace(letters)).replace(" ", "")
 
 
 def _weights_placed(module: fx.GraphModule) -> list[str]:
@@ -171,11 +151,7 @@ def _annotation(kind: Kind) -> str:
     return f": {kind}" if kind in NUMBERS else ""
 
 
-def _dtype(dtype: torch.dtype) -> str:
-    return _SHORT_DTYPE.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def _unpacked(node: fx.Node, module: fx.GraphModule) -> list[fx.Node | None]:
+def unpacked(node: fx.Node, module: fx.GraphModule) -> list[fx.Node | None]:
     """The items of a list-valued node by position, unread ones None; empty when it is used in any other way.
 
     Such a node needs no name in the text, and its items stand where it is computed.
@@ -204,7 +180,7 @@ def _length(node: fx.Node, module: fx.GraphModule) -> int:
     return len(returned) if isinstance(returned, tuple | list) else 0
 
 
-def _block_of(node: fx.Node, module: fx.GraphModule, present: str) -> str:
+def block_of(node: fx.Node, module: fx.GraphModule, present: str) -> str:
     """`3 · transformer.h.3`, from the module path of a node or of the region it calls; '' outside of blocks.
 
     A node that remembers no path belongs to the block it stands in.
