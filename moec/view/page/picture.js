@@ -1,0 +1,103 @@
+// The two pictures, before and after.
+const picture = (() => {
+  "use strict";
+  let drawn = null; // { seen, placed, scaled }
+  const panes = dom.el("div", { class: "panes" });
+
+  function draw({ keep }) {
+    const drawing = state.drawing();
+    if (!drawing || !drawing.nodes.length) return empty();
+    const before = drawn;
+    const seen = visible.of(drawing, state.now.open);
+    const placed = layout.of(drawing, seen, shapes.sizeOf);
+    drawn = { seen, placed, scaled: scaleOf(drawing, seen) };
+    const shown = seen.shown.map((side) => pane(side));
+    dom.put(panes, shown.map(({ figure }) => figure), buttons()); // prettier-ignore
+    panes.classList.toggle("single", shown.length === 1);
+    choosing.turnTo(shown);
+    camera.turnTo(shown, placed.bounds);
+    return keep && before ? camera.follow(placeOf(before), placeOf(drawn)) : camera.fit();
+  }
+
+  function empty() {
+    drawn = null;
+    choosing.turnTo([]);
+    camera.turnTo([], { x: 0, y: 0, width: 1, height: 1 });
+    const told = "No graph was kept of this step; its text is in the next tab.";
+    dom.put(panes, dom.el("p", { class: "nothing" }, told));
+  }
+
+  // Of the region that was unfolded or folded, which stays under the pointer.
+  function placeOf({ placed }) {
+    const key = state.now.selected ?? "";
+    const region = Number(key.slice(1));
+    const places = visible.SIDES.map((side) => placed.opened[side].get(region) ?? placed.boxes[side].get(key));
+    return key[0] === "r" ? places.find(Boolean) : null;
+  }
+
+  const nodesOf = (drawing, seen, key, side) => seen[side].items.get(key).map((at) => drawing.nodes[at]);
+
+  function scaleOf(drawing, seen) {
+    const keys = visible.SIDES.flatMap((side) => [...seen[side].items.keys()].map((key) => [key, side]));
+    return overlays.scale(keys.map(([key, side]) => overlays.valueOf(nodesOf(drawing, seen, key, side), side)));
+  }
+
+  function pane(side) {
+    const title = side === "before" ? state.step().before : state.step().after;
+    const what = drawn.seen.changed ? side : "before and after";
+    const view = dom.svg("g", { class: "view" }, contents(side));
+    const told = { class: "pane-picture", role: "group", "aria-label": `${what}: ${title}`, "data-side": side };
+    const svg = dom.svg("svg", told, arrows(side), view);
+    const caption = dom.el("figcaption", {}, dom.el("b", {}, what), title);
+    return { svg, view, figure: dom.el("figure", { class: `pane ${side}` }, caption, svg) };
+  }
+
+  function contents(side) {
+    const { seen, placed, scaled } = drawn;
+    const boxes = placed.boxes[side];
+    const frames = [...placed.opened[side]].map(([region, box]) => shapes.frame(region, side, box));
+    const items = [...boxes].map(([key, box]) => {
+      const value = overlays.valueOf(nodesOf(state.drawing(), seen, key, side), side);
+      return shapes.box(key, side, box, value, scaled);
+    });
+    return [frames, seen[side].edges.map((edge) => wire(side, edge)), items];
+  }
+
+  function wire(side, [from, to, status]) {
+    const { boxes, points } = drawn.placed;
+    const ends = [boxes[side].get(from), boxes[side].get(to)];
+    const drawnWire = shapes.edge(...ends, points.get(`${from} ${to}`), status, side);
+    drawnWire.dataset.ends = `${from} ${to}`;
+    return drawnWire;
+  }
+
+  function arrows(side) {
+    const size = { viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7 };
+    const told = { ...size, markerUnits: "userSpaceOnUse", orient: "auto" };
+    const arrow = (status) =>
+      dom.svg(
+        "marker",
+        { id: `arrow-${side}-${status}`, class: `arrow ${status}`, ...told },
+        dom.svg("path", { d: "M0,0.5L8,4L0,7.5Z" }),
+      );
+    return dom.svg("defs", {}, ["kept", "created", "removed"].map(arrow));
+  }
+
+  function buttons() {
+    const button = (sign, what, key, onclick) =>
+      dom.el("button", { type: "button", title: `${what} (${key})`, "aria-label": what, onclick }, sign);
+    return dom.el(
+      "div",
+      { class: "zoom", role: "group", "aria-label": "Scale" },
+      button("−", "smaller", "-", () => camera.scaleBy(1 / 1.3)),
+      button("⤢", "fit", "0", () => camera.fit(true)),
+      button("+", "larger", "+", () => camera.scaleBy(1.3)),
+    );
+  }
+
+  const legend = () => (drawn ? overlays.legend(drawn.scaled) : null);
+
+  camera.watch(panes, choosing.show);
+
+  return { panes, draw, legend };
+})();

@@ -1,0 +1,71 @@
+// The data of the page, and what is told of it: ids of steps, sections, layers, members of regions.
+const timeline = (() => {
+  "use strict";
+  const data = JSON.parse(dom.byId("data").textContent);
+  const FORMAT = 1;
+  if (data.format !== FORMAT)
+    throw new Error(`a timeline of format ${data.format}, and this page reads ${FORMAT}`);
+
+  // Names of steps may repeat: the second `drop_noops` is `drop_noops~2` in a link.
+  const seen = new Map();
+  const ids = data.steps.map((step) => {
+    const times = (seen.get(step.name) ?? 0) + 1;
+    seen.set(step.name, times);
+    return times === 1 ? step.name : `${step.name}~${times}`;
+  });
+
+  const changed = (step) => words.STATUSES.some((status) => status !== "kept" && step.counts[status]);
+
+  const drawingOf = (section) => data.drawings[section.drawing];
+
+  // The picture of a step that is looked at first: one that changed, with most members.
+  function firstSection(step) {
+    const weighed = step.sections.map((section, at) => [section.changed, section.layers.length, -at]);
+    const best = weighed.reduce((a, b) => (compare(a, b) >= 0 ? a : b), [false, -1, 0]);
+    return -best[2];
+  }
+
+  function compare(a, b) {
+    for (let at = 0; at < a.length; at += 1) if (a[at] !== b[at]) return Number(a[at]) - Number(b[at]);
+    return 0;
+  }
+
+  // What one opens the page for: the last stage but the one that sums all up; else the last step that changed.
+  function firstStep() {
+    const fit = (step) => changed(step) && step.kind !== "capture";
+    const passes = data.steps.map((step, at) => [step, at]).filter(([step]) => fit(step));
+    const created = ([step]) => (step.kind === "pass" ? (step.counts.created ?? 0) : -1);
+    const most = passes.reduce((a, b) => (a && created(a) >= created(b) ? a : b), null);
+    return most ? most[1] : 0;
+  }
+
+  // Per region: indices of the nodes that stand in it, on either side.
+  const members = new Map();
+  function membersOf(drawing) {
+    if (!members.has(drawing)) {
+      const found = drawing.regions.map(() => []);
+      drawing.nodes.forEach((node, at) => {
+        for (const region of new Set([node.before?.region, node.after?.region])) {
+          if (region !== null && region !== undefined) found[region].push(at);
+        }
+      });
+      members.set(drawing, found);
+    }
+    return members.get(drawing);
+  }
+
+  function countsOf(nodes) {
+    const counts = {};
+    for (const node of nodes) counts[node.status] = (counts[node.status] ?? 0) + 1;
+    return counts;
+  }
+
+  // By layer: the index of its section in this step.
+  function layersOf(step) {
+    const found = new Map();
+    step.sections.forEach((section, at) => section.layers.forEach((layer) => found.set(layer, at)));
+    return new Map([...found].sort(([a], [b]) => a - b));
+  }
+
+  return { data, ids, changed, drawingOf, firstSection, firstStep, membersOf, countsOf, layersOf };
+})();
