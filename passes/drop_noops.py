@@ -4,7 +4,8 @@ before:  a = to(x, float32);  b = slice(a, 0, 0, end);  c = dropout(b, 0.0);  y 
 after:   y = f(x)
 
 Assumes: no operator writes in place. Casts are no-ops *in the dtype of the capture*; capture in the plan's
-dtype. Contract: exact.
+dtype.
+Contract: exact.
 """
 
 from __future__ import annotations

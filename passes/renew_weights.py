@@ -1,5 +1,8 @@
 """Draw every weight of a program anew, as GPT-2 begins: a student with nothing of its teacher but the form.
 
+before:  every weight as it was
+after:   every weight by what it is for:
+
     matrix, embedding, table    normal(0, std); experts each their own numbers
     … that ends a branch        normal(0, std / √N), N the number of branches of the residual stream
     scale                       where it does nothing: 1, or 0 where the norm multiplies by 1 + w

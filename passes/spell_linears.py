@@ -1,10 +1,14 @@
 """Spell every product with a weight matrix as `linear(x, weight, bias)`.
 
-before:  reshape(addmm(bias, flatten(x, 0, -2), w), [B, S, F])     x @ w.T + bias     einsum("bsd,df->bsf",
-x, w) after:   linear(x, t(w), bias)                                     linear(x, w, bias) linear(x, t(w))
+before:  reshape(addmm(bias, flatten(x, 0, -2), w), [B, S, F])
+after:   linear(x, t(w), bias)
+
+before:  x @ w.T + bias;        einsum("bsd,df->bsf", x, w)
+after:   linear(x, w, bias);    linear(x, t(w))
 
 Assumes: `normalize_views` ran. A matrix stored as [in, out] is read through `t`, its only spelling of
-transposition. Contract: exact (the same products, possibly summed in another order).
+transposition.
+Contract: exact (the same products, possibly summed in another order).
 """
 
 from __future__ import annotations

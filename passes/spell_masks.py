@@ -10,7 +10,8 @@ A mask is understood as a formula of its indices (`index_expressions.py`), so it
 made. Buffers are data, not formulas, and stay.
 
 Assumes: `spell_attention` ran; no row is masked completely, which holds for every mask that shows a token
-itself. Contract: exact.
+itself.
+Contract: exact.
 """
 
 from __future__ import annotations
