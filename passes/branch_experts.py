@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from moec.ir import Check, Origin, Pass, Program, Region, region_of
 from moec.ir.graphs import fork, place, root_module
+from moec.ir.identity import made_from
 from moec.ir.patterns import tensor
 from moec.plan import LayerSettings, Plan
 
@@ -29,6 +30,7 @@ from .prove_branches import prove_branches
 from .sites import feed_forward_sites, require_feed_forwards, settings_by_site
 
 aten = torch.ops.aten
+FACTS = ("path", "source", "val", "placement")  # of the dense value, true of the branch and of both together
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def _branch(program: Program, name: str, settings: LayerSettings, plan: Plan) ->
     branch = _add_branch(program, dense, name, region)
     with root.graph.inserting_after(call):
         beside = root.graph.call_module(branch, call.args)
-    beside.meta = dict(call.meta)
+    made_from(beside, call, taking=FACTS)
     mixed = _mix(program, beside, call, region, settings, plan)
     call.replace_all_uses_with(mixed, delete_user_cb=lambda user: user is not mixed, propagate_meta=False)
     call.name, beside.name, mixed.name = f"f_{region.index}", f"b_{region.index}", f"y_{region.index}"
@@ -97,8 +99,7 @@ def _mix(
     if settings.residual == "sum":
         with graph.inserting_after(branch):
             mixed = graph.call_function(aten.add.Tensor, (dense, branch))
-        mixed.meta = dict(dense.meta)
-        return mixed
+        return made_from(mixed, dense, taking=FACTS)
     name = f"mix_{region.index}"
     module = _mix_region(x, Region("mix", region.index, region.path, region.source), settings, plan)
     program.graph.add_submodule(name, module)
@@ -106,8 +107,7 @@ def _mix(
     program.origins = program.origins.with_(rows)
     with graph.inserting_after(branch):
         mixed = graph.call_module(name, (x, branch, dense))
-    mixed.meta = dict(dense.meta)
-    return mixed
+    return made_from(mixed, dense, taking=FACTS)
 
 
 def _mix_region(x: fx.Node, region: Region, settings: LayerSettings, plan: Plan) -> fx.GraphModule:

@@ -16,6 +16,7 @@ import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.errors import PassError
 from moec.ir import Origin, Program, Region, region_of
 from moec.ir.graphs import attribute, output, place, placeholder, root_module, training_flag, weight_of
+from moec.ir.identity import made_from
 from moec.ir.patterns import is_call, tensor
 from moec.plan import LayerSettings, Plan
 
@@ -68,7 +69,7 @@ class _Builder:
         self._where = f"lift_experts: {name} ({region.path})"
 
     def build(self) -> ExpertLayer:
-        x = self.graph.placeholder("x")
+        x = made_from(self.graph.placeholder("x"), placeholder(self.dense.graph), taking=())
         self.training = training_flag_of(self.graph)
         value = tensor(placeholder(self.dense.graph))
         assert value is not None
@@ -81,7 +82,7 @@ class _Builder:
         y = self._shaped(x, y, value)
         balance = self._call("balance", self.experts.balance_loss.default, scores, chosen)
         z = self._call("z", self.experts.z_loss.default, scores)
-        self.graph.output((y, balance, z, counts))
+        made_from(self.graph.output((y, balance, z, counts)), output(self.dense.graph), taking=())
         module = fx.GraphModule(self.owner, self.graph)
         module.meta["region"] = self._lifted_region()
         return ExpertLayer(f"moe_{self.region.index}", self.region.index, module, self.origins)
@@ -181,8 +182,7 @@ class _Builder:
         for source in node.all_input_nodes:
             if source not in env:
                 env[source] = self._shared(source)
-        copied = self.graph.node_copy(node, lambda n: env[n])
-        copied.meta = {key: node.meta[key] for key in ("path", "source") if key in node.meta}
+        copied = self.graph.node_copy(node, lambda n: env[n])  # it stays the node it was, on other rows
         if self.settings.init == "split":
             shrink_view(copied, hidden, self.settings.experts, self._where)
         return copied
@@ -199,6 +199,7 @@ class _Builder:
         if f"{self.name}.{target}" in self.program.origins:
             self.origins[target] = self.program.origins[f"{self.name}.{target}"]
         read = self.graph.get_attr(target)
+        read.meta = dict(node.meta)  # the same weight, read in another region
         # Rows have two dims: [1, 1, F] must not make them three again.
         return read if value.dim() <= 2 else self._call("flat", aten.flatten.using_ints, read, 0, -2)
 
@@ -215,7 +216,7 @@ class _Builder:
         axis: HiddenAxis | None, role: str,
     ) -> fx.Node:  # fmt: skip
         matrix, turned = _matrix(node)
-        weight = self._expert_weight(str(matrix.target), turned, init, axis)
+        weight = made_from(self._expert_weight(str(matrix.target), turned, init, axis), matrix)
         rows = env[node.args[0]]  # type: ignore[index]
         if self.settings.init == "split" and role == "down":
             # The weights of the chosen sum to one, so each slice must stand for the whole.
@@ -224,10 +225,9 @@ class _Builder:
         bias = None
         if isinstance(bias_node, fx.Node):
             along = HiddenAxis(0, axis.blocks) if axis is not None and role == "up" else None
-            bias = self._expert_weight(str(bias_node.target), False, init, along)
+            bias = made_from(self._expert_weight(str(bias_node.target), False, init, along), bias_node)
         made = self._call(node.name, self.experts.grouped_linear.default, rows, weight, bias, counts)
-        made.meta = {key: node.meta[key] for key in ("path", "source") if key in node.meta}
-        return made
+        return made_from(made, node)
 
     def _expert_weight(self, target: str, turned: bool, init: ExpertInit, axis: HiddenAxis | None) -> fx.Node:
         if target in self.origins:

@@ -26,6 +26,7 @@ import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.errors import VerifyError
 from moec.ir import Check, Pass, Program, region_of, regions
 from moec.ir.graphs import drop_unused, graph_modules, output, placeholder
+from moec.ir.identity import made_from
 from moec.ir.inputs import Input
 from moec.ir.patterns import tensor
 from moec.ir.shapes import propagate
@@ -178,7 +179,7 @@ class _Rewrite:
         graph, last = self.root.graph, self.tokens
         inputs = {"past": Input(("B",)), "wanted": Input(("B", "m"))}
         inputs |= {name: _cache_input(site, batch) for site, (name, _) in self.caches.items()}
-        self.tokens.meta = {"input": Input(("B", "n"))}
+        self.tokens.meta = {"input": Input(("B", "n"))}  # and no shapes: those of before are of other sizes
         self.inputs: dict[str, fx.Node] = {}
         for name, like in inputs.items():
             with graph.inserting_after(last):
@@ -231,7 +232,7 @@ class _Rewrite:
         with graph.inserting_after(after):
             made = graph.call_function(torch.ops.moec.remember.default, (cache, site.value, at, site.dim))
         made.name = f"kept_{inner}"
-        made.meta = {key: site.user.meta[key] for key in ("path", "source") if key in site.user.meta}
+        made_from(made, site.user)
         site.user.replace_input_with(site.value, cache)
 
     # tables
@@ -239,6 +240,8 @@ class _Rewrite:
     def _look_up(self, read: Read) -> None:
         value, table = self.lookups.value(read), read.table
         given = self._given(read.region, value.name if table is None else f"{table.name}{AT}", value)
+        if table is not None and read.region:
+            made_from(given, table, taking=())
         if read.value is not None:
             found = given if read.value is table else _part_of(given, read)
             read.user.replace_input_with(read.value, found)
@@ -262,7 +265,7 @@ def _part_of(given: fx.Node, read: Read) -> fx.Node:
     with read.user.graph.inserting_before(read.user):
         part = torch.ops.moec.part.default
         made = read.user.graph.call_function(part, (given, dim % table.dim() - table.dim(), *rest))
-    made.meta = {key: taken.meta[key] for key in ("path", "source", "placement") if key in taken.meta}
+    made_from(made, taken, taking=("path", "source", "placement"))
     made.name = taken.name
     return made
 

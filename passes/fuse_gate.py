@@ -24,6 +24,7 @@ from torch import fx
 import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.ir import Check, Pass, Program
 from moec.ir.graphs import drop_unused, graph_modules
+from moec.ir.identity import made_from
 from moec.ir.patterns import arguments_of, is_call
 
 from .fusion_notes import note_fusions
@@ -104,8 +105,9 @@ def _call(router: fx.Node, route: fx.Node, table: fx.Node) -> tuple[fx.Node, dic
         fused = graph.call_function(ops.gate.default, inputs)
         fused.name = graph._graph_namespace.create_name("gated", None)
         made = {name: graph.call_function(operator.getitem, (fused, i)) for i, name in enumerate(NAMES)}
-    for node in (fused, *made.values()):
-        node.meta = {key: router.meta[key] for key in ("path", "source") if key in router.meta}
+    made_from(fused, router, route, table)
+    for node, part in zip(made.values(), (router, route, route, table, table), strict=True):
+        made_from(node, part)
     return fused, made
 
 

@@ -28,6 +28,7 @@ from torch import fx
 import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.ir import Check, Pass, Program, region_of, regions
 from moec.ir.graphs import drop_unused, output, placeholder
+from moec.ir.identity import made_from
 from moec.ir.patterns import arguments_of, is_call, tensor
 
 from .fusion_notes import DeclinedError, note_fusions
@@ -198,7 +199,7 @@ def _shares(root: fx.GraphModule, mix: fx.GraphModule, site: Site, index: int) -
     mix.recompile()
     with root.graph.inserting_before(site.sum):
         call = root.graph.call_module(str(site.sum.target), site.sum.args[:1])
-    call.meta = {key: site.sum.meta[key] for key in ("path", "source") if key in site.sum.meta}
+    made_from(call, site.sum)
     call.name = root.graph._graph_namespace.create_name(f"c_{index}", None)
     return call
 
@@ -217,7 +218,7 @@ def _take(module: fx.GraphModule, fused: fx.Node, names: list[str]) -> None:
         with graph.inserting_before(fused):
             rows = [graph.call_function(aten.flatten.using_ints, (node, 0, -2)) for node in rows]
         for node, name in zip(rows, names, strict=True):
-            node.meta = {key: fused.meta[key] for key in ("path", "source") if key in fused.meta}
+            made_from(node, fused)
             node.name = graph._graph_namespace.create_name(f"{name}_rows", None)
     fused.args = (*fused.args[:7], *rows)
     module.recompile()

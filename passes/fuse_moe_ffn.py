@@ -29,6 +29,7 @@ from torch import fx
 import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.ir import Check, Pass, Program
 from moec.ir.graphs import drop_unused, graph_modules
+from moec.ir.identity import made_from
 from moec.ir.patterns import arguments_of, is_call
 
 from .fusion_notes import DeclinedError, note_fusions
@@ -84,7 +85,8 @@ def _fuse(sums: fx.Node) -> str:
     )  # fmt: skip
     with sums.graph.inserting_before(sums):
         fused = sums.graph.call_function(ops.moe_ffn.default, inputs)
-    name, fused.meta = sums.name, {key: value for key, value in sums.meta.items() if key != "placement"}
+    name = sums.name
+    made_from(fused, sums, *products, taking=("path", "source", "val"))
     sums.replace_all_uses_with(fused, propagate_meta=False)
     sums.graph.erase_node(sums)
     fused.name = name

@@ -24,6 +24,7 @@ from torch import fx
 import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.ir import Check, Pass, Program
 from moec.ir.graphs import graph_modules
+from moec.ir.identity import made_from
 from moec.ir.patterns import arguments_of, is_call, same_shape, tensor
 
 from .fusion_notes import note_fusions
@@ -93,9 +94,9 @@ def _fuse(norm: fx.Node) -> None:
         both = graph.call_function(JOINED[norm.target], (*total.args[:2], *weights, eps))
         both.name = graph._graph_namespace.create_name("added", None)
         items = [graph.call_function(operator.getitem, (both, place)) for place in (0, 1)]
-    both.meta = {key: norm.meta[key] for key in ("path", "source") if key in norm.meta}
+    made_from(both, norm, total)
     for old, item in ((norm, items[1]), (total, items[0])):
-        item.meta = {key: old.meta[key] for key in ("path", "source", "val") if key in old.meta}
+        made_from(item, old, taking=("path", "source", "val"))
         old.replace_all_uses_with(item, propagate_meta=False)
         graph.erase_node(old)
     items[0].name, items[1].name = names

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 
 from moec.ir import Check, Pass, Program
 from moec.ir.graphs import drop_unused, graph_modules, place, weight_of
+from moec.ir.identity import made_from
 from moec.ir.patterns import arguments_of, is_call
 from moec.runtime.ops.packed import PACKED
 
@@ -90,7 +91,7 @@ def _fuse(module: fx.GraphModule, products: list[fx.Node], joined: Joined) -> No
     for node, item in zip(products, items, strict=True):
         _stand_in(node, item)
     for node in (product, parts):
-        node.meta = {key: items[0].meta[key] for key in ("path", "source") if key in items[0].meta}
+        made_from(node, *items)
 
 
 def _weight(module: fx.GraphModule, node: fx.Node) -> Tensor:
@@ -123,7 +124,8 @@ def _placed(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
 
 
 def _stand_in(node: fx.Node, item: fx.Node) -> None:
-    name, item.meta = node.name, {key: node.meta[key] for key in ("path", "source") if key in node.meta}
+    name = node.name
+    made_from(item, node)
     node.replace_all_uses_with(item, propagate_meta=False)
     node.graph.erase_node(node)
     item.name = name

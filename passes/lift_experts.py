@@ -27,6 +27,7 @@ from torch import fx
 
 from moec.ir import Check, Origins, Pass, Program, region_of
 from moec.ir.graphs import drop_unused
+from moec.ir.identity import made_from
 from moec.plan import LayerSettings, Plan
 
 from .build_experts import ExpertLayer, build_experts
@@ -99,10 +100,10 @@ def _replace_call(program: Program, call: fx.Node, layer: ExpertLayer) -> None:
     root.add_submodule(layer.name, layer.module)
     with root.graph.inserting_after(call):
         lifted = root.graph.call_module(layer.name, call.args)
-    lifted.meta = {key: value for key, value in call.meta.items() if key != "val"}
+    made_from(lifted, call, taking=("path", "source", "placement"))
     with root.graph.inserting_after(lifted):
         y = root.graph.call_function(operator.getitem, (lifted, 0))
-    y.meta = dict(call.meta)
+    made_from(y, call, taking=("path", "source", "placement", "val"))
     call.replace_all_uses_with(y, propagate_meta=False)
     root.graph.erase_node(call)
     lifted.name, y.name = f"out_{layer.index}", f"m_{layer.index}"

@@ -32,6 +32,7 @@ import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.errors import PassError
 from moec.ir import Pass, Program
 from moec.ir.graphs import drop_unused
+from moec.ir.identity import made_from
 from moec.ir.local import hold_parts
 from moec.ir.mesh import TENSOR
 from moec.ir.placement import Layout
@@ -119,7 +120,7 @@ def _take_parts(user: fx.Node, parts: list[Part], ranks: int) -> None:
                 moec_ops.part.default, (operand, part.dim, list(part.blocks), ranks, TENSOR)
             )
         taken.name = f"{part.operand.name}_part"
-        taken.meta = _place(user) | {"placement": f"dim {part.dim} over {TENSOR}"}
+        made_from(taken, user).meta["placement"] = f"dim {part.dim} over {TENSOR}"
         current[part.operand] = taken
     for operand, taken in current.items():
         user.replace_input_with(operand, taken)
@@ -133,7 +134,7 @@ def _add_up(product: Any) -> None:
     if bias is not None:
         with product.graph.inserting_after(whole):
             total = product.graph.call_function(aten.add.Tensor, (whole, bias))
-        total.meta = _place(product)
+        made_from(total, product)
         whole.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         whole.name, whole = f"{product.name}_whole", total
     name, product.name = product.name, f"{product.name}_part"
@@ -149,12 +150,8 @@ def _summed(part: fx.Node) -> fx.Node:
         whole = graph.call_function(c10d.wait_tensor.default, (reduced,))
     part.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not reduced)
     reduced.name = f"{part.name}_sum"
-    reduced.meta, whole.meta = _place(part), _place(part)
-    return whole
-
-
-def _place(node: fx.Node) -> dict[str, Any]:
-    return {key: node.meta[key] for key in ("path", "source") if key in node.meta}
+    made_from(reduced, part)
+    return made_from(whole, part)
 
 
 def _lower_embeddings(root: fx.GraphModule, layout: Layout) -> None:

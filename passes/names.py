@@ -47,11 +47,9 @@ def rename(module: fx.GraphModule, names: Mapping[fx.Node, str]) -> None:
     env: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         name = names.get(node, node.name)
-        if node.op == "placeholder":
-            env[node] = fresh.placeholder(name)
-            env[node].meta = dict(node.meta)
-            continue
         node.name = name
         env[node] = fresh.node_copy(node, env.__getitem__)
+        if node.op == "placeholder":
+            env[node].target = name
     module.graph = fresh
     module.recompile()

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
 from moec.ir import Origin, Origins, Pass, Program, region_of, regions
 from moec.ir.graphs import attribute, drop_unused, graph_module, named_weights, output, place, root_module
+from moec.ir.identity import made_from
 from moec.ir.patterns import is_call
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -147,7 +148,7 @@ def _second_half(module: fx.GraphModule, first: set[fx.Node], crossing: list[fx.
         with graph.inserting_after(last):
             given = graph.placeholder(node.name)
         node.replace_all_uses_with(given, propagate_meta=False)
-        given.meta = dict(node.meta)
+        made_from(given, node, taking=("path", "source", "val", "placement"))
     names = {node: node.name for node in crossing}
     given_nodes = [node for node in graph.nodes if node.op == "placeholder"][-len(crossing) :]
     drop_unused(module)
@@ -162,7 +163,7 @@ def _call_halves(
     graph = root.graph
     with graph.inserting_before(beside):
         front = graph.call_module(name, call.args)
-        front.meta = {key: value for key, value in call.meta.items() if key != "val"}
+        made_from(front, call, taking=("path", "source", "placement"))
         front.name = graph._graph_namespace.create_name(f"sent_{name.rpartition('_')[2]}", None)
         given = [graph.call_function(operator.getitem, (front, i)) for i in range(num_crossing + num_terms)]
     names = [node.target for node in root.get_submodule(str(call.target)).graph.nodes]  # type: ignore[union-attr]

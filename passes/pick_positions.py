@@ -8,7 +8,8 @@ The head of a language model is its largest product, and decoding reads one posi
 earliest value that everything after reads alone: before the last norm, as a rule.
 
 Assumes: `derive_cache` ran: everything outside attention acts position by position, and dim 1 of what is
-picked are the positions. Contract: exact for the wanted positions.
+picked are the positions.
+Contract: exact for the wanted positions.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import fx
 from moec.ir import Check, Pass, Program
 from moec.ir.dependence import token_dependent
 from moec.ir.graphs import output
+from moec.ir.identity import made_from
 from moec.ir.patterns import same_size, tensor
 
 from .prove_cached import prove_picked
@@ -44,7 +46,7 @@ class PickPositions(Pass):
         with graph.inserting_after(column):
             index = graph.call_function(aten.expand.default, (column, [-1, -1, _width(value)]))
         with graph.inserting_after(index):
-            picked = graph.call_function(aten.gather.default, (value, 1, index))
+            picked = made_from(graph.call_function(aten.gather.default, (value, 1, index)), value, taking=())
         column.name, index.name, picked.name = "column", "index", "picked"
         value.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not picked)
         program.graph.recompile()

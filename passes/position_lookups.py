@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from moec.ir import Region, regions
 from moec.ir.graphs import graph_module, place, root_module
+from moec.ir.identity import made_from
 
 from .position_axes import HELD, NEW, Read, refusal
 from .position_shapes import Shown
@@ -53,6 +54,7 @@ class Lookups:
         self.names |= set(given.values())
         with root.graph.inserting_after(list(inputs.values())[-1]):
             self.call = root.graph.create_node("call_module", "lookups", tuple(inputs[n] for n in given), {})
+        self.computed = {} if self.replaced is None else self._computed(self.replaced)
         self.items: list[tuple[fx.Node, str]] = []
         self.outputs: list[fx.Node] = []
         self.made: dict[Any, fx.Node] = {}
@@ -63,7 +65,9 @@ class Lookups:
         key = (read.index, read.rank, read.roles, read.times)
         if key not in self.made:
             name = "visible" if read.table is None else read.table.name
-            self.made[key] = self._leaves(self._looked_up(read, name), name)
+            self.made[key] = leaf = self._leaves(self._looked_up(read, name), name)
+            if read.index in self.computed:
+                made_from(leaf, self.computed[read.index], taking=())
         return self.made[key]
 
     def finish(self) -> None:
@@ -80,6 +84,13 @@ class Lookups:
         for item, wanted in self.items:
             item.name = _unused(wanted, taken)
             taken.add(item.name)
+
+    def _computed(self, name: str) -> dict[int, fx.Node]:
+        """The results of the region `name` in the root, by number; the new call is made from its call."""
+        call = next(n for n in self.root.graph.nodes if n.op == "call_module" and n.target == name)
+        made_from(self.call, call, taking=())
+        items = {user.args[1]: user for user in call.users if user.target is operator.getitem}
+        return items or {0: call}
 
     def _forget(self, name: str) -> None:
         """Erase the region `name` and its call, of which nothing is read any more."""

@@ -20,6 +20,7 @@ from torch import fx
 
 from moec.ir import Pass, Program
 from moec.ir.graphs import drop_unused
+from moec.ir.identity import made_from
 from moec.ir.patterns import CASTS, call, for_each, is_call, only_user, replace, tensor, uncast
 
 aten = torch.ops.aten
@@ -108,7 +109,8 @@ def _probabilities(value: Any) -> tuple[fx.Node | None, fx.Node | None]:
 def _probability(before: fx.Node, dropout: fx.Node) -> fx.Node:
     """The `dropout_p` of attention for `dropout(x, p, training)`: training * p."""
     with before.graph.inserting_before(before):
-        return before.graph.call_function(operator.mul, (dropout.args[2], dropout.args[1]))
+        made = before.graph.call_function(operator.mul, (dropout.args[2], dropout.args[1]))
+    return made_from(made, dropout, taking=())
 
 
 def _read(value: Any, scores: _Scores, user: fx.Node) -> bool:

@@ -74,7 +74,7 @@ class _Lowering:
         with self.graph.inserting_before(whole):
             count = self._call("num_tokens", aten.sym_size.int, flat, 0)
         whole.args = (sums, count, TENSOR)
-        self._name(whole, "answers")
+        self._name(whole, "answers", sums)
 
     # what all ranks have to know of each other's choices
 
@@ -126,7 +126,7 @@ class _Lowering:
                     part = self.graph.call_function(aten.div.Tensor)
                 loss.replace_all_uses_with(part, propagate_meta=False)
                 part.args = (loss, copies)
-                self._name(part, f"{loss.name}_share")
+                self._name(part, f"{loss.name}_share", loss)
 
     # the way of the rows
 

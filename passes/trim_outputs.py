@@ -17,6 +17,7 @@ from torch import fx
 
 from moec.ir import Check, Pass, Program, regions
 from moec.ir.graphs import drop_unused, output
+from moec.ir.identity import take_facts
 
 from .prove_cached import prove_decoded
 
@@ -52,7 +53,7 @@ def _trim(root: fx.GraphModule, module: fx.GraphModule, calls: list[fx.Node]) ->
     for item in items:
         if len(kept) == 1:
             item.replace_all_uses_with(item.args[0], propagate_meta=False)  # type: ignore[arg-type]
-            item.args[0].meta = dict(item.meta)  # type: ignore[union-attr]
+            take_facts(item.args[0], item)  # type: ignore[arg-type]
             root.graph.erase_node(item)
         else:
             item.update_arg(1, read.index(item.args[1]))

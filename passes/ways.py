@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 import moec.runtime.ops  # noqa: F401 - registers torch.ops.moec
+from moec.ir.identity import made_from
 from moec.ir.mesh import ExpertAxes
 
 aten = torch.ops.aten
@@ -30,9 +31,12 @@ class Writer:
         self.name(node, name)
         return node
 
-    def name(self, node: fx.Node, name: str) -> None:
-        """Give `node` this name, or the nearest free one."""
-        node.name, node.meta = self.graph._graph_namespace.create_name(name, None), dict(self.meta)
+    def name(self, node: fx.Node, name: str, *sources: fx.Node) -> None:
+        """Give `node` this name, or the nearest free one; it was made from `sources`, if any."""
+        node.name = self.graph._graph_namespace.create_name(name, None)
+        if sources:
+            made_from(node, *sources)
+        node.meta |= self.meta
 
     def wait(self, name: str, target: Any, *args: Any) -> fx.Node:
         """`name_started = target(*args)`, a collective, and `name = wait_tensor(name_started)`."""

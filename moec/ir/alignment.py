@@ -22,10 +22,11 @@ from .identity import DESCENT, MADE_FROM, Place, identity_of, places
 class Alignment:
     """What became of each node from one graph to another; keys are identities, in the order of the graphs.
 
-    `kept`: its place before and after. Of these, `moved` stand in another region (one that was only renamed
-    is the same region) and `rewired` stand where they stood, and read other nodes or have other options.
-    `created` and `removed` are on one side alone. `ancestors`: a created node → the nearest nodes of the
-    graph before that it was made from, through any number of passes; without an entry it was made from none.
+    `kept`: its place before and after. Of these, `moved` stand in another region (one is the same while it
+    is called the same, or by the same node) and `rewired` stand where they stood, and read other nodes or
+    have other options. `created` and `removed` are on one side alone. `ancestors`: a created node → the
+    nearest nodes of the graph before that it was made from, through any number of passes; without an entry
+    it was made from none.
     """
 
     kept: Mapping[str, tuple[Place, Place]]
@@ -49,8 +50,12 @@ def align(before: fx.GraphModule, after: fx.GraphModule) -> Alignment:
     own."""
     old, new = _by_identity(before), _by_identity(after)
     kept = {key: (old[key], place) for key, place in new.items() if key in old}
-    regions = _regions(before), _regions(after)
-    moved = frozenset(key for key, (a, b) in kept.items() if regions[0][a.region] != regions[1][b.region])
+    calls = _calls(before), _calls(after)
+    moved = frozenset(
+        key
+        for key, (a, b) in kept.items()
+        if a.region != b.region and calls[0].get(a.region) != calls[1].get(b.region, "")
+    )
     rewired = frozenset(
         key for key, (a, b) in kept.items() if key not in moved and _reads(a.node) != _reads(b.node)
     )
@@ -73,9 +78,9 @@ def _by_identity(root: fx.GraphModule) -> dict[str, Place]:
     return found
 
 
-def _regions(root: fx.GraphModule) -> dict[str, str]:
-    """Each region's name → the identity of the call that it belongs to, however it is named."""
-    found = {"": ""}
+def _calls(root: fx.GraphModule) -> dict[str, str]:
+    """Each region's name → the identity of the node that calls it first."""
+    found: dict[str, str] = {}
     for region, node in places(root):
         if node.op == "call_module":
             name = f"{region}.{node.target}" if region else str(node.target)

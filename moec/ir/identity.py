@@ -15,7 +15,7 @@ a node that is gone, a second copy is made from it, and so is a node whose opera
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from .graphs import graph_modules
 from .region import region_of
 
 ID, MADE_FROM, DESCENT = "id", "made_from", "descent"
+_OWN = (ID, MADE_FROM, DESCENT)
 PLACE_KEYS = ("path", "source")
 
 
@@ -55,19 +56,26 @@ def identity_of(node: fx.Node) -> str:
     return str(found)
 
 
-def made_from(made: fx.Node, *sources: fx.Node) -> fx.Node:
-    """Say of `made` that it was made from `sources`; returns it.
+def made_from(made: fx.Node, *sources: fx.Node, taking: Collection[str] = PLACE_KEYS) -> fx.Node:
+    """Say of `made` that it was made from `sources`, whose identities it remembers; returns it.
 
-    It takes `path` and `source` of the first, remembers the identities of all, and nothing else of them. A
-    source without one was made in the same pass: what that was made from counts instead.
+    `taking`: what it takes of the first one's meta, in the place of its own; unless something else is asked
+    for, the place in the user's model. A source without an identity was made in the same pass: what that was
+    made from counts instead.
     """
     first = sources[0].meta
-    given = {key: first[key] for key in PLACE_KEYS if key in first}
     lines = [_lines(source) for source in sources]
     ids = tuple(dict.fromkeys(id_ for own, _ in lines for id_ in own))
     descent = {id_: above for _, known in lines for id_, above in known.items()}
-    made.meta = {**given, **_born(ids, descent)}
+    made.meta = {key: first[key] for key in taking if key in first} | _born(ids, descent)
     return made
+
+
+def take_facts(node: fx.Node, other: fx.Node) -> None:
+    """Let everything that is said of the value of `other` be said of that of `node`, but who it is."""
+    own = {key: node.meta[key] for key in _OWN if key in node.meta}
+    node.meta = dict(other.meta)
+    _put(node, own)
 
 
 def _lines(source: fx.Node) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
@@ -106,9 +114,6 @@ def identities(root: fx.GraphModule) -> Identities:
     held = {node: {key: node.meta[key] for key in _OWN if key in node.meta} for _, node in known}
     stood = {node.meta[ID]: (_operator(root, region, node), region, node.name) for region, node in known}
     return Identities(held, stood)
-
-
-_OWN = (ID, MADE_FROM, DESCENT)
 
 
 def identified(root: fx.GraphModule, number: int) -> None:
@@ -150,6 +155,7 @@ def identify(root: fx.GraphModule, step: str | int, before: Identities | None = 
 
 
 def _put(node: fx.Node, own: Mapping[str, Any]) -> None:
+    """Change whatever else says who `node` is."""
     for key in _OWN:
         node.meta.pop(key, None)
     node.meta.update(own)

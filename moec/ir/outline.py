@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor, fx
 
 from .graphs import graph_module, place, root_module, weight_of
+from .identity import made_from
 from .origins import Origins
 from .region import Region
 
@@ -88,7 +89,8 @@ def _insert_call(
     graph = root.graph
     with graph.inserting_before(outputs[0]):
         call = graph.call_module(name, tuple(node for node, _ in inputs))
-    call.meta = {"path": region.path, "source": region.source}
+    made_from(call, *outputs, taking=())
+    call.meta |= {"path": region.path, "source": region.source}
     if len(outputs) == 1:
         call.meta["val"] = outputs[0].meta.get("val")
         outputs[0].replace_all_uses_with(call, propagate_meta=False)
@@ -96,7 +98,7 @@ def _insert_call(
     for i, value in enumerate(outputs):
         with graph.inserting_before(outputs[0]):
             item = graph.create_node("call_function", operator.getitem, (call, i), {}, value.name)
-        item.meta = dict(value.meta)
+        made_from(item, value, taking=("path", "source", "val", "placement"))
         value.replace_all_uses_with(item, propagate_meta=False)
     return call
 
@@ -130,14 +132,12 @@ class _Builder:
         return self.env[node]
 
     def _call(self, node: fx.Node) -> fx.Node:
-        copied = self.graph.node_copy(node, lambda n: self.env[n])
-        copied.meta = dict(node.meta)
-        return copied
+        return self.graph.node_copy(node, lambda n: self.env[n])
 
     def _weight(self, node: fx.Node) -> fx.Node:
         value, target = weight_of(self.root, node), str(node.target)
         if value is None:  # the Python value `training`
-            return self.graph.create_node("get_attr", target, name=target)
+            return made_from(self.graph.create_node("get_attr", target, name=target), node)
         self.placed[target] = self._unique(self.name_weight(target))
         place(self.owner, self.placed[target], value, persistent=_is_persistent(self.root, target))
         made = self.graph.get_attr(self.placed[target])

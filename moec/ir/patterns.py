@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .graphs import placeholder
+from .identity import made_from
 
 aten = torch.ops.aten
 
@@ -68,11 +69,10 @@ def replace(node: fx.Node, value: fx.Node, *, keep: fx.Node | None = None) -> No
 def call(
     before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> fx.Node:
-    """Insert a call before `before`, with its place in the user's model (path, source) and a fresh shape."""
+    """Insert a call before `before`, made from it (its place in the user's model too), with a fresh shape."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs or {})
-    node.meta = {key: before.meta[key] for key in ("path", "source") if key in before.meta}
-    node.meta["val"] = _shape(node)
+    made_from(node, before).meta["val"] = _shape(node)
     return node
 
 
