@@ -17,7 +17,7 @@ from moec.ir.shapes import propagate
 
 from .dropout import follow_training
 from .exported import export_tokens_to_logits, require_dynamic
-from .flatten import flatten
+from .flatten import flatten, source_lines
 from .longest import longest_sequence
 from .signature import Adapted, adaptations, sample_tokens
 
@@ -39,6 +39,7 @@ def capture(
     module = _own_copy(module, dtype)
     _, exported, notes = _export(module, example_inputs)
     graph, origins = flatten(exported, module)
+    graph.meta["lines"] = source_lines(exported)
     follow_training(graph.graph)
     drop_unused(graph)
     propagate(graph)

@@ -21,7 +21,7 @@ from moec.ir import Origin, Origins
 from moec.ir.graphs import graph_module, is_mutable, place, root_module
 
 WRAPPER = "model."
-FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+FRAME = re.compile(r'File "([^"]+)", line (\d+)(?:, in [^\n]*\n(?!  File ")([^\n]*))?')
 
 
 def flatten(exported: ExportedProgram, model: nn.Module) -> tuple[fx.GraphModule, Origins]:
@@ -178,6 +178,21 @@ def _path(node: fx.Node) -> str:
 
 def _source(node: fx.Node) -> str:
     """`file.py:line` of the innermost frame that is the user's, not torch's."""
+    return _written_at(node)[0]
+
+
+def source_lines(exported: ExportedProgram) -> dict[str, str]:
+    """The user's lines that the nodes of `exported` were written on, by `file.py:line`; each as it was when
+    the model ran, and none where that could not be read."""
+    found = dict(map(_written_at, exported.graph.nodes))
+    return {source: line for source, line in found.items() if source and line}
+
+
+def _written_at(node: fx.Node) -> tuple[str, str]:
+    """Where a node was written, and what stands there; '' for what is not known."""
     frames = FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [(file, line) for file, line in frames if "/torch/" not in file and "\\torch\\" not in file]
-    return f"{own[-1][0].replace(chr(92), '/').rsplit('/', 1)[-1]}:{own[-1][1]}" if own else ""
+    own = [frame for frame in frames if "/torch/" not in frame[0] and "\\torch\\" not in frame[0]]
+    if not own:
+        return "", ""
+    file, line, code = own[-1]
+    return f"{file.replace(chr(92), '/').rsplit('/', 1)[-1]}:{line}", code.strip()

@@ -63,6 +63,7 @@ class Side:
 @dataclass(frozen=True)
 class Node:
     """One operator in both pictures. `before` is None where it was created, `after` where it was removed.
+    One that moved to another block stands in both, with one side in each.
 
     `moved`: it stands in another region now; `rewired`: what it reads or its options are others. `made_from`:
     indices of the nodes of the drawing that it was made from. `fused_by`: the pass that fused it, or ''.
@@ -78,7 +79,8 @@ class Node:
 @dataclass(frozen=True)
 class RegionBox:
     """A region of a drawing: `moe_{layer}`, kind `moe`. `plan`: lines of the plan that asked for it, as
-    indices into `Timeline.plan_lines`; `settings`: what the plan chose, spelled."""
+    indices into `Timeline.plan_lines`; `settings`: what the plan chose, spelled. `code`: the line that calls
+    it; `signature`: what it takes and gives, `moe_{layer}(x) → y, balance, z, counts`."""
 
     name: str
     kind: str
@@ -87,6 +89,8 @@ class RegionBox:
     status: Status
     settings: Mapping[str, str] = field(default_factory=dict)
     plan: tuple[int, ...] = ()
+    code: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,15 @@ class Drawing:
 @dataclass(frozen=True)
 class Section:
     """Blocks of one step that are alike: `layers` are their numbers, empty for what stands outside of blocks
-    (`embedding`, `head`); `drawing` is an index into `Timeline.drawings`. `changed`: not every node was
-    kept."""
+    (`embedding`, `head`); `drawing` is an index into `Timeline.drawings`. `changed`: not every line and region
+    was kept. `before`: the numbers that the same blocks had before, where a pass numbered anew; then `{layer}`
+    on the side before stands for these."""
 
     title: str
     layers: tuple[int, ...]
     drawing: int
     changed: bool
+    before: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -137,3 +137,6 @@ _RULES: dict[str, Callable[[Collective], Both]] = {
     "moec::unshare": _unshare,
     "moec::gather_vocabulary": _gather_vocabulary,
 }
+
+SENDERS = frozenset(_RULES)
+"""The operators that send something."""
