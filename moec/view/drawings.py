@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from moec.view.overlays import NOTHING, Amounts, Overlays
@@ -40,14 +40,8 @@ class _Sketch:
             for frame, still in zip(self.frames, self.stills, strict=True)
         )
         self.regions = tuple(self._region_places(side) for side in (0, 1))
-        self.places = tuple(
-            {
-                place: n
-                for n, pair in enumerate(union.pairs)
-                if (place := (pair.before, pair.after)[side]) is not None
-            }
-            for side in (0, 1)
-        )
+        ends = [(pair.before, pair.after) for pair in union.pairs]
+        self.places = tuple(_places([end[side] for end in ends]) for side in (0, 1))
 
     def drawing(self) -> Drawing:
         nodes = tuple(self._node(pair) for pair in self.union.pairs)
@@ -57,9 +51,9 @@ class _Sketch:
         """Name of a region on a side → its place among the boxes of the drawing."""
         still = self.stills[side]
         return {
-            still.boxes[place].call.target: number  # type: ignore[misc]
-            for number, box in enumerate(self.union.boxes)
-            if still is not None and (place := box[side]) is not None
+            str(still.boxes[place].call.target): number
+            for number, (before, after, _) in enumerate(self.union.boxes)
+            if still is not None and (place := (before, after)[side]) is not None
         }
 
     def _node(self, pair: Pair) -> Node:
@@ -101,6 +95,11 @@ class _Sketch:
         still, places = self.stills[side], self.places[side]
         entries = still.entries if still is not None else ()
         return [(places[read], places[place]) for place, entry in enumerate(entries) for read in entry.reads]
+
+
+def _places(of_side: Sequence[int | None]) -> dict[int, int]:
+    """Place on a side → place in the drawing."""
+    return {place: number for number, place in enumerate(of_side) if place is not None}
 
 
 def _side_of(entry: Entry, frame: Frame, amounts: Amounts, region: int | None) -> Side:

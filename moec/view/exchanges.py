@@ -12,7 +12,7 @@ _AXIS = ("axis", "group_name")
 
 
 def exchange_of(node: fx.Node) -> tuple[str, str]:
-    """(operator, axis) of the message that `node` sends, such as `all_reduce`, `tensor`; ('', '') for none."""
+    """(operator, axis) of the message that `node` sends: `all_reduce`, `tensor`; ('', '') for none."""
     if not isinstance(node.target, OpOverload) or node.target._schema.name not in SENDERS:
         return "", ""
     names = [argument.name for argument in node.target._schema.arguments]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -91,10 +92,11 @@ class _Film:
     def timeline(self) -> Timeline:
         program = self.program
         steps = tuple(self._step(cut) for cut in self._cuts())
+        ledger = tuple(LedgerRow(**asdict(entry)) for entry in program.ledger)
+        notes = (*program.source.notes, *program.ledger.notes)
         return Timeline(
-            program.source.name, program.stage, moec.__version__, self._facts(), dict(self.sizes), self.plan.text,
-            steps, tuple(self.drawings.drawn), tuple(LedgerRow(**asdict(entry)) for entry in program.ledger),
-            (*program.source.notes, *program.ledger.notes), self._sources(), program.text(),
+            program.source.name, program.stage, moec.__version__, self._facts(), dict(self.sizes),
+            self.plan.text, steps, tuple(self.drawings.drawn), ledger, notes, self._sources(), program.text(),
         )  # fmt: skip
 
     # which steps there are
@@ -128,7 +130,7 @@ class _Film:
 
     def _step(self, cut: _Cut) -> Step:
         unions, sections = self._drawn(cut)
-        counts = Counter(pair.status for union in unions for pair in union.line_pairs())
+        counts = Counter[str](pair.status for union in unions for pair in union.line_pairs())
         found = cut.certificate
         return Step(
             cut.name, cut.kind, cut.before, cut.after if cut.after != NOW else self.program.stage,  # type: ignore[arg-type]
@@ -227,7 +229,7 @@ def doc_of(name: str) -> str:
     return (module.__doc__ or "") if module is not None else ""
 
 
-def _kinds(kind: type[Pass]) -> Iterator[type[Pass]]:
+def _kinds(kind: Any) -> Iterator[type[Pass]]:
     """Every pass that was imported; those of the pipelines are."""
     for one in kind.__subclasses__():
         if not inspect.isabstract(one):

@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import SymT, symbol_is_type
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from moec.cost.operation import Operation
 from moec.cost.reading.read import read_operations
@@ -126,9 +126,9 @@ def _can_be_given(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if node.op == "get_attr" or not isinstance(value, Tensor) or not value.is_floating_point():
         return False
-    sizes = [size for size in value.shape if isinstance(size, torch.SymInt)]
-    return not any(symbol_is_type(one, SymT.UNBACKED_INT) for size in sizes for one in
-                   size.node.expr.free_symbols)  # fmt: skip
+    sizes: list[Any] = [size for size in value.shape if isinstance(size, torch.SymInt)]
+    letters = (letter for size in sizes for letter in size.node.expr.free_symbols)
+    return not any(symbol_is_type(letter, SymT.UNBACKED_INT) for letter in letters)
 
 
 def _input(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -49,9 +49,8 @@ class TemplateSpelling(Spelling):
         self.layer = layer
         variables = variables_of(node)
         numbers = {variable: number for number, variable in enumerate(variables)}
-        key = (node.op, str(node.target), node.target, self._form((node.args, node.kwargs), numbers))
-        if node.op == "call_module":
-            key = (*key[:1], self._attribute(str(node.target)), None, key[3])
+        called = self._attribute(str(node.target)) if node.op == "call_module" else node.target
+        key = (node.op, called, self._form((node.args, node.kwargs), numbers))
         if key not in self.known:
             self.known[key] = self._spelled(node, numbers)
         return self.known[key]

@@ -105,9 +105,9 @@ class Drawing:
 @dataclass(frozen=True)
 class Section:
     """Blocks of one step that are alike: `layers` are their numbers, empty for what stands outside of blocks
-    (`embedding`, `head`); `drawing` is an index into `Timeline.drawings`. `changed`: not every line and region
-    was kept. `before`: the numbers that the same blocks had before, where a pass numbered anew; then `{layer}`
-    on the side before stands for these."""
+    (`embedding`, `head`); `drawing` is an index into `Timeline.drawings`. `changed`: not every line and
+    region was kept. `before`: the numbers that the same blocks had before, where a pass numbered anew; then
+    `{layer}` on the side before stands for these."""
 
     title: str
     layers: tuple[int, ...]
