@@ -11,7 +11,7 @@ READY   := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-ranks test check format golden bench docs clean
+.PHONY: help demo demo-ranks test check format golden bench docs vendor clean
 
 help:  ## Print this list
 	@echo "usage: make <command>"
@@ -36,9 +36,9 @@ format: $(READY)  ## Put the sources into the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-golden: $(READY)  ## Rewrite tests/golden from what is printed now; read the diff before committing it
+golden: $(READY)  ## Rewrite tests/golden and pages from what is printed now; read the diff before committing it
 	MOEC_GOLDEN=1 $(BIN)/python -m pytest -q -m golden
-	@git --no-pager diff --stat -- tests/golden
+	@git --no-pager diff --stat -- tests/golden docs README.md
 
 bench: $(READY)  ## Run the benchmarks and record them in benchmarks/results
 	$(BIN)/python -m benchmarks.layer
@@ -49,6 +49,9 @@ bench: $(READY)  ## Run the benchmarks and record them in benchmarks/results
 
 docs: $(READY)  ## Build the documents as static pages: site/index.html (two minutes: their programs are compiled)
 	$(BIN)/python -m mkdocs build --quiet --strict
+
+vendor: $(READY)  ## Fetch the libraries that the page carries, as moec/view/page/vendor/vendored.json lists them (npm)
+	$(BIN)/python -m moec.view.vendored
 
 clean:  ## Remove build outputs and caches; .venv and runs/ stay
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

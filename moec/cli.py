@@ -115,19 +115,24 @@ def show(
     certificates: Annotated[
         bool, typer.Option("--certificates", help="What was proved of every pass.")
     ] = False,
+    html: Annotated[
+        str | None,
+        typer.Option("--html", metavar="FILE", help="Write a page: before and after of every pass."),
+    ] = None,
     meta: Meta = False,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Print a program as Python that runs; or its ledger, its origins, its certificates.
+    """Print a program as Python that runs; or its ledger, its origins, its certificates; or as a page.
 
     moec show examples/gpt.py:small --plan moe --stage structured
+    moec show examples/gpt.py:small --plan moe --html moe.html
     """
     from moec.commands.read import show_program
 
     show_program(
         model, plan, stage=stage, ledger=ledger, origins=origins, certificates=certificates,
-        meta=meta, trust=trust, as_json=as_json,
+        html=html, meta=meta, trust=trust, as_json=as_json,
     )  # fmt: skip
 
 

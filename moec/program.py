@@ -231,6 +231,17 @@ class Program(Objective):
 
         return cost_of(self, phase, routing, train=train, rank=rank, attention=attention)
 
+    def show(self, path: str | Path, **sizes: int) -> Path:
+        """Write a page that shows this program, and before and after of every pass; open it in a browser.
+
+        One HTML file that needs no network and no server. `sizes`: numbers for the letters of FLOPs and bytes
+        (`B=8, S=1024`). Atomic; gives the path. Raises `MoecError` where it cannot be written.
+        """
+        from moec.view.filming import timeline_of
+        from moec.view.page import write_page
+
+        return write_page(timeline_of(self, **sizes), path)
+
     def save(self, directory: str | Path) -> Path:
         """Write text, manifest and weights; `moec.load` reads them. Atomic; nothing executable is pickled.
 

@@ -23,12 +23,17 @@ def show_program(
     ledger: bool,
     origins: bool,
     certificates: bool,
+    html: str | None,
     meta: bool,
     trust: bool,
     as_json: bool,
 ) -> None:
-    """`moec show`: the text, or the tables that are asked for."""
-    program = program_of(name, plan, verify=None if certificates else "off", meta=meta, trust=trust)
+    """`moec show`: the text, the tables that are asked for, or the page."""
+    program = program_of(name, plan, verify=None if certificates or html else "off", meta=meta, trust=trust)
+    if html is not None:
+        path = program.show(html)
+        show_json({"html": str(path)}) if as_json else show(f"{path}: open it in a browser")
+        return
     asked = {"ledger": ledger, "origins": origins, "certificates": certificates}
     if as_json:
         show_json(

@@ -2,11 +2,11 @@
 const camera = (() => {
   "use strict";
   const SCALES = [0.12, 3];
-  const READABLE = 0.62; // a picture is not made smaller than this to be seen whole, where it need not
-  const SMALLEST = 0.3;
+  const [READABLE, LARGEST] = [0.62, 1.1]; // nothing is made smaller to be seen whole, or larger to fill a pane
   const [MARGIN, EDGE] = [16, 24];
   let panes = []; // { svg, view }
   let bounds = { x: 0, y: 0, width: 1, height: 1 };
+  let changed = []; // boxes that are to be seen where not all of it can be
   let at = d3.zoomIdentity;
   let byHand = false; // until it is, the picture is fitted into whatever room there is
 
@@ -29,9 +29,9 @@ const camera = (() => {
     move(-event.deltaX, -event.deltaY);
   }
 
-  // Look at these panes, whose contents lie within `around`.
-  function turnTo(shown, around) {
-    [panes, bounds] = [shown, around];
+  // Look at these panes, whose contents lie within `around`; `boxes` is where something changed.
+  function turnTo(shown, around, boxes) {
+    [panes, bounds, changed] = [shown, around, boxes];
     for (const { svg } of panes) {
       d3.select(svg).call(zoom).on("dblclick.zoom", null);
       svg.addEventListener("wheel", wheeled, { passive: false });
@@ -56,14 +56,31 @@ const camera = (() => {
     if (was && is) move((was.x - is.x) * at.k, (was.y - is.y) * at.k);
   }
 
+  // All of it where that can be read; else what changed, or its beginning.
   function fitted() {
     const { width, height } = panes[0].svg.getBoundingClientRect();
-    const wide = width / (bounds.width + 2 * MARGIN);
-    const whole = Math.min(wide, height / (bounds.height + 2 * MARGIN), 1.1);
-    const k = Math.max(whole, Math.min(wide, READABLE), SMALLEST);
-    const x = Math.max(MARGIN, (width - bounds.width * k) / 2) - bounds.x * k;
-    const y = Math.max(MARGIN, (height - bounds.height * k) / 2) - bounds.y * k;
-    return d3.zoomIdentity.translate(x, y).scale(k);
+    const whole = Math.min(width / (bounds.width + 2 * MARGIN), height / (bounds.height + 2 * MARGIN));
+    const k = Math.min(Math.max(whole, READABLE), LARGEST);
+    const x = along(width / k, "x", "width");
+    const y = along(height / k, "y", "height");
+    return d3.zoomIdentity.translate(x * k, y * k).scale(k);
+  }
+
+  // How far the picture is moved along one axis, of which `room` is seen: to the middle of all, or of what changed,
+  // or to where that begins; across, to where most of it is.
+  function along(room, start, size) {
+    const [low, high] = [bounds[start], bounds[start] + bounds[size]];
+    if (bounds[size] <= room - 2 * MARGIN) return (room - low - high) / 2;
+    const boxes = changed.length ? changed : [bounds];
+    const [first, last] = [
+      Math.min(...boxes.map((box) => box[start])),
+      Math.max(...boxes.map((box) => box[start] + box[size])),
+    ];
+    const centres = boxes.map((box) => box[start] + box[size] / 2);
+    const mean = centres.reduce((sum, each) => sum + each, 0) / centres.length;
+    const fits = last - first <= room - 2 * MARGIN;
+    const wanted = fits ? (room - first - last) / 2 : size === "width" ? room / 2 - mean : MARGIN - first;
+    return Math.max(room - MARGIN - high, Math.min(MARGIN - low, wanted));
   }
 
   function fit(smoothly = false) {

@@ -2,7 +2,7 @@
 const inspector = (() => {
   "use strict";
   const room = dom.byId("inspector");
-  const named = (text) => words.inLayer(text ?? "", state.now.layer);
+  const { part, code, facts } = details;
 
   function draw() {
     const { selected } = state.now;
@@ -10,176 +10,91 @@ const inspector = (() => {
     room.hidden = !selected || !drawing;
     if (room.hidden) return dom.put(room);
     const at = Number(selected.slice(1));
-    return dom.put(
-      room,
-      dom.el(
-        "button",
-        {
-          type: "button",
-          class: "close",
-          "aria-label": "Close",
-          title: "(Esc)",
-          onclick: () => state.change({ selected: null }),
-        },
-        "×",
-      ),
-      selected[0] === "n" ? node(drawing, at) : region(drawing, at),
-    );
+    const onclick = () => state.change({ selected: null });
+    const close = { type: "button", class: "close", "aria-label": "Close", title: "(Esc)", onclick };
+    const told = selected[0] === "n" ? operator(drawing, at) : region(drawing, at);
+    return dom.put(room, dom.el("button", close, "×"), told);
   }
 
-  const part = (title, ...contents) => dom.el("section", {}, dom.el("h3", {}, title), contents);
-  const status = (value) =>
-    dom.el("p", { class: `status ${value}` }, dom.el("b", {}, words.SIGNS[value]), words.MEANINGS[value]);
-  const code = (text) => dom.el("pre", { class: "code" }, named(text));
+  // The side that tells what it is now, and its name: what is removed is told as it was.
+  const lastOf = (it) => (it.after ? "after" : "before");
 
-  function facts(rows) {
-    const known = rows.filter(([, value]) => value !== "" && value !== null && value !== undefined);
-    return (
-      known.length > 0 &&
-      dom.el(
-        "dl",
-        {},
-        known.map(([name, value]) => [dom.el("dt", {}, name), dom.el("dd", {}, named(String(value)))]),
-      )
-    );
-  }
-
-  function node(drawing, at) {
+  function operator(drawing, at) {
     const it = drawing.nodes[at];
-    const last = it.after ?? it.before;
+    const side = lastOf(it);
+    const named = (text) => labels.named(text, side);
+    const regions = regionsOf(it).map((each) => drawing.regions[each]);
     return [
-      dom.el("h2", {}, shapes.operator(last), dom.el("small", {}, named(last.name))),
-      status(it.status),
+      dom.el("h2", {}, labels.operator(it[side]), dom.el("small", {}, named(it[side].name))),
+      details.status(it.status),
       codes(it),
-      origin(last),
-      madeBy(it),
-      planOf(drawing, it),
-      part("Facts", both(it, drawing)),
-      weights(last),
-      madeFrom(drawing, it),
+      details.origin(named(it[side].path), it[side].source),
+      details.madeBy(it),
+      details.plan([...new Set(regions.flatMap((each) => each.plan))]),
+      part("Facts", compared(it, drawing)),
+      details.weights(it[side].weights, side),
+      details.links("Made from", linksTo(drawing, it.made_from)),
     ];
   }
 
+  const regionsOf = (it) =>
+    [...new Set([it.before?.region, it.after?.region])].filter((at) => at !== null && at !== undefined);
+
   // One line where both sides say the same.
   function codes({ before, after }) {
-    if (before && after && before.code === after.code) return part("In the program", code(after.code));
-    return [before && part("Before", code(before.code)), after && part("After", code(after.code))];
-  }
-
-  // The user's own model.
-  function origin({ path, source }) {
-    const line = timeline.data.sources[source];
-    if (!path && !source) return null;
-    return part(
-      "In your model",
-      facts([
-        ["module", path],
-        ["line", source],
-      ]),
-      line !== undefined && dom.el("pre", { class: "code" }, line),
-    );
-  }
-
-  // What changed it: this pass. What is kept was made by an earlier one.
-  function madeBy(it) {
-    const step = state.step();
-    if (it.status === "kept" || !step.doc)
-      return it.fused_by ? part("Fused by", dom.el("p", {}, it.fused_by)) : null;
-    return part(
-      `By ${step.name}`,
-      dom.el("pre", { class: "doc" }, step.doc),
-      it.fused_by && facts([["fused by", it.fused_by]]),
-    );
-  }
-
-  function planOf(drawing, it) {
-    const regions = [it.after?.region, it.before?.region].filter((at) => at !== null && at !== undefined);
-    return planLines([...new Set(regions.flatMap((at) => drawing.regions[at].plan))]);
-  }
-
-  function planLines(lines) {
-    if (!lines.length) return null;
-    return part(
-      "Asked for by the plan",
-      dom.el(
-        "pre",
-        { class: "code" },
-        lines.map((at) => `${String(at + 1).padStart(3)}  ${timeline.data.plan_lines[at]}\n`),
-      ),
-    );
+    const [was, is] = [
+      before && labels.named(before.code, "before"),
+      after && labels.named(after.code, "after"),
+    ];
+    if (was === is) return part("In the program", code(is));
+    return [was && part("Before", code(was)), is && part("After", code(is))];
   }
 
   // Where the sides differ, both: "before → after".
-  function both({ before, after }, drawing) {
-    const spelled = (side, read) => (side ? String(read(side) ?? "") : null);
+  function compared({ before, after, fused_by: fusedBy }, drawing) {
+    const spelled = (side, what, read) => (side ? labels.named(String(read(side) ?? ""), what) : null);
     const told = (read) => {
-      const [was, is] = [spelled(before, read), spelled(after, read)];
+      const [was, is] = [spelled(before, "before", read), spelled(after, "after", read)];
       if (was === null || is === null || was === is) return is ?? was;
       return `${was || "none"} → ${is || "none"}`;
     };
+    const counted = [before, after].some(
+      (side) => words.isNumber(side?.flops) || words.isNumber(side?.bytes),
+    );
     return facts([
       ["operator", told((side) => side.operator)],
       ["value", told((side) => side.value)],
       ["region", told((side) => (side.region === null ? "" : drawing.regions[side.region].name))],
+      ["fused by", fusedBy],
       ["placement", told((side) => side.placement)],
       ["collective", told((side) => side.collective)],
       ["axis", told((side) => side.axis)],
       ["FLOPs", told((side) => words.short(side.flops))],
       ["expression", told((side) => side.flops_text)],
       ["bytes", told((side) => words.short(side.bytes, "B"))],
-      ["counted at", before?.flops || after?.flops ? sizes() : ""],
+      ["counted at", counted ? sizes() : ""],
     ]);
   }
 
-  const sizes = () =>
-    Object.entries(timeline.data.sizes)
-      .map(([letter, size]) => `${letter}=${words.exact(size)}`)
-      .join(", ");
-
-  function weights(side) {
-    if (!side.weights.length) return null;
-    return part(
-      "Weights",
-      side.weights.map((weight) =>
-        dom.el(
-          "div",
-          { class: "weight" },
-          dom.el("b", {}, named(weight.name)),
-          dom.el(
-            "span",
-            {},
-            `${weight.dtype} [${weight.shape.join(", ")}] · ${words.exact(weight.parameters)}`,
-          ),
-          weight.origin && dom.el("span", {}, `← ${named(weight.origin)}`),
-          weight.placement && dom.el("span", {}, named(weight.placement)),
-        ),
-      ),
+  function sizes() {
+    const told = Object.entries(timeline.data.sizes).map(
+      ([letter, size]) => `${letter}=${words.exact(size)}`,
     );
+    return told.join(", ");
   }
 
-  function madeFrom(drawing, it) {
-    if (!it.made_from.length) return null;
-    const link = (at) => {
-      const source = drawing.nodes[at].before ?? drawing.nodes[at].after;
-      return dom.el(
-        "li",
-        {},
-        dom.el(
-          "button",
-          { type: "button", class: "link", onclick: () => choose(at) },
-          `${shapes.operator(source)} ${named(source.name)}`,
-        ),
-      );
-    };
-    return part("Made from", dom.el("ul", {}, it.made_from.map(link)));
+  function linksTo(drawing, nodes) {
+    return nodes.map((at) => {
+      const it = drawing.nodes[at];
+      const side = lastOf(it);
+      const sign = it.status === "kept" ? "" : `${words.SIGNS[it.status]} `;
+      return [`${sign}${labels.operator(it[side])} ${labels.named(it[side].name, side)}`, () => choose(at)];
+    });
   }
 
-  // Unfolded, where it stands in a region.
+  // Its region is unfolded, where it stands in one.
   function choose(at) {
-    const seen = state.drawing().nodes[at];
-    const regions = [seen.before?.region, seen.after?.region].filter(
-      (region) => region !== null && region !== undefined,
-    );
+    const regions = regionsOf(state.drawing().nodes[at]);
     state.change({ selected: `n${at}`, open: new Set([...state.now.open, ...regions]) });
     choosing.show();
   }
@@ -187,62 +102,36 @@ const inspector = (() => {
   function region(drawing, at) {
     const it = drawing.regions[at];
     const members = timeline.membersOf(drawing)[at];
-    const counts = timeline.countsOf(members.map((each) => drawing.nodes[each]));
-    const line = timeline.data.sources[it.source];
+    const nodes = members.map((each) => drawing.nodes[each]);
+    const side = it.status === "removed" ? "before" : "after";
+    const named = (text) => labels.named(text, side);
+    const counts = words.changes(timeline.countsOf(nodes));
     return [
       dom.el("h2", {}, named(it.name), dom.el("small", {}, `region · ${it.kind}`)),
-      status(it.status),
+      details.status(it.status),
+      it.signature && part("Takes and gives", code(named(it.signature))),
+      it.code && part("In the program", code(named(it.code))),
+      details.origin(named(it.path), it.source),
+      details.madeBy(it),
+      details.plan(it.plan),
       part(
         "Facts",
         facts([
           ["operators", members.length],
-          ["changes", words.changes(counts)],
-          ["parameters", words.exact(parametersOf(drawing, members))],
+          ["changes", counts],
+          ["parameters", parametersOf(nodes, side)],
         ]),
       ),
-      (it.path || it.source) &&
-        part(
-          "In your model",
-          facts([
-            ["module", it.path],
-            ["line", it.source],
-          ]),
-          line !== undefined && dom.el("pre", { class: "code" }, line),
-        ),
       Object.keys(it.settings).length > 0 && part("Settings", facts(Object.entries(it.settings))),
-      planLines(it.plan),
-      part(
-        "Operators",
-        dom.el(
-          "ul",
-          {},
-          members.map((each) =>
-            dom.el(
-              "li",
-              {},
-              dom.el(
-                "button",
-                { type: "button", class: "link", onclick: () => choose(each) },
-                titleOf(drawing.nodes[each]),
-              ),
-            ),
-          ),
-        ),
-      ),
+      details.links("Operators", linksTo(drawing, members)),
     ];
   }
 
-  const titleOf = (node) => {
-    const side = node.after ?? node.before;
-    return `${node.status === "kept" ? "" : `${words.SIGNS[node.status]} `}${shapes.operator(side)} ${named(side.name)}`;
-  };
-
-  // Of the side that is there now; a weight that two operators read counts once.
-  function parametersOf(drawing, members) {
-    const found = new Map();
-    for (const at of members)
-      for (const weight of drawing.nodes[at].after?.weights ?? []) found.set(weight.name, weight.parameters);
-    return [...found.values()].reduce((sum, each) => sum + each, 0);
+  // A weight that two operators read counts once.
+  function parametersOf(nodes, side) {
+    const listed = nodes.flatMap((node) => node[side]?.weights ?? []);
+    const once = new Map(listed.map((weight) => [weight.name, weight.parameters]));
+    return words.exact([...once.values()].reduce((sum, each) => sum + each, 0));
   }
 
   return { draw, choose };

@@ -5,40 +5,36 @@ const layout = (() => {
   const HEADER = 30; // a region's name, above what stands in it
   const PAD = 12;
 
-  // { boxes: side → key → {x, y, width, height}, opened: side → region → box, points: "from to" → […], bounds }
-  function of(drawing, seen, sizeOf) {
+  // { before, after: { boxes: key → {x, y, width, height}, opened: key of a region → box },
+  //   pointsOf(from, to), bounds: of everything, changed: boxes of what was not kept }
+  function of(drawing, seen, sizeOf, statusOf) {
     const keys = new Set(visible.SIDES.flatMap((side) => [...seen[side].items.keys()]));
     const homes = homesOf(drawing, keys);
-    const graph = graphOf(keys, homes, seen, sizeOf);
+    const covered = (key) => key[0] === "r" && homes.has(Number(key.slice(1)));
+    const shared = slots.of(drawing, keys, covered);
+    const slot = (key) => shared.get(key) ?? key;
+    const graph = graphOf(keys, homes, seen, covered, slot, sizeOf);
     dagre.layout(graph);
-    const own = new Map(
-      graph
-        .nodes()
-        .filter((key) => !key.startsWith("c"))
-        .map((key) => [key, boxOf(graph.node(key))]),
-    );
-    const points = new Map(graph.edges().map((edge) => [`${edge.v} ${edge.w}`, graph.edge(edge).points]));
-    const boxes = {};
-    const opened = {};
-    for (const side of visible.SIDES) {
-      const hull = (region) => around(homes.get(region).map((key) => own.get(key)));
-      boxes[side] = new Map(
-        [...seen[side].items.keys()].map((key) => [key, own.get(key) ?? hull(Number(key.slice(1)))]),
-      );
-      opened[side] = new Map(
-        [...seen[side].opened].map(([region, nodes]) => [
-          region,
-          around(nodes.map((at) => own.get(`n${at}`))),
-        ]),
-      );
-    }
-    const bends = [...points.values()].flat().map(({ x, y }) => ({ x, y, width: 0, height: 0 }));
-    const everything = [
-      ...own.values(),
-      ...bends,
-      ...visible.SIDES.flatMap((side) => [...boxes[side].values(), ...opened[side].values()]),
-    ];
-    return { boxes, opened, points, bounds: boundsOf(everything) };
+    const laid = [...keys].filter((key) => !covered(key));
+    const own = new Map(laid.map((key) => [key, boxOf(graph.node(slot(key)))]));
+    const [before, after] = visible.SIDES.map((side) => placed(seen[side], own, homes));
+    const all = [before, after].flatMap(({ boxes, opened }) => [...boxes, ...opened]);
+    const bends = graph.edges().flatMap((edge) => graph.edge(edge).points);
+    const changed = all.filter(([key]) => statusOf(key) !== "kept").map(([, box]) => box);
+    const corners = bends.map(({ x, y }) => ({ x, y, width: 0, height: 0 }));
+    const bounds = boundsOf([...all.map(([, box]) => box), ...corners]);
+    const pointsOf = (from, to) => graph.edge(slot(from), slot(to))?.points;
+    return { before, after, pointsOf, bounds, changed };
+  }
+
+  // On one side: items that the layout has no place for lie over those that it has.
+  function placed({ items, opened }, own, homes) {
+    const over = (key) => around(homes.get(Number(key.slice(1))).map((each) => own.get(each)));
+    const frame = (nodes) => around(nodes.map((at) => own.get(`n${at}`)));
+    return {
+      boxes: new Map([...items.keys()].map((key) => [key, own.get(key) ?? over(key)])),
+      opened: new Map([...opened].map(([region, nodes]) => [`r${region}`, frame(nodes)])),
+    };
   }
 
   // By region: the operators that are seen and belong to it, after the pass or before. Where a region is folded on
@@ -56,23 +52,32 @@ const layout = (() => {
     return homes;
   }
 
-  function graphOf(keys, homes, seen, sizeOf) {
+  function graphOf(keys, homes, seen, covered, slot, sizeOf) {
     const graph = new dagre.graphlib.Graph({ compound: true }).setGraph(GAP).setDefaultEdgeLabel(() => ({}));
-    const covered = (key) => key[0] === "r" && homes.has(Number(key.slice(1)));
-    for (const key of keys) if (!covered(key)) graph.setNode(key, sizeOf(key));
+    for (const key of keys) {
+      if (covered(key)) continue;
+      const known = graph.node(slot(key)) ?? { width: 0, height: 0 };
+      const { width, height } = sizeOf(key);
+      graph.setNode(slot(key), {
+        width: Math.max(width, known.width),
+        height: Math.max(height, known.height),
+      });
+    }
     for (const [region, members] of homes) {
       graph.setNode(`c${region}`, {});
-      for (const key of members) graph.setParent(key, `c${region}`);
+      for (const key of members) graph.setParent(slot(key), `c${region}`);
     }
-    // A box that lies over others is entered at the first of them and left at the last.
-    const end = (key, last) => (covered(key) ? homes.get(Number(key.slice(1))).at(last ? -1 : 0) : key);
-    for (const side of visible.SIDES) {
-      for (const [from, to] of seen[side].edges) {
-        const [a, b] = [end(from, true), end(to, false)];
-        if (a !== b) graph.setEdge(a, b, { weight: side === "after" ? 2 : 1 });
-      }
-    }
+    for (const side of visible.SIDES) connect(graph, side, seen[side].edges, homes, covered, slot);
     return graph;
+  }
+
+  // A box that lies over others is entered at the first of them and left at the last.
+  function connect(graph, side, edges, homes, covered, slot) {
+    const end = (key, last) => slot(covered(key) ? homes.get(Number(key.slice(1))).at(last ? -1 : 0) : key);
+    for (const [from, to] of edges) {
+      const [a, b] = [end(from, true), end(to, false)];
+      if (a !== b) graph.setEdge(a, b, { weight: side === "after" ? 2 : 1 });
+    }
   }
 
   const boxOf = ({ x, y, width, height }) => ({ x: x - width / 2, y: y - height / 2, width, height });

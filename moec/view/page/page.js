@@ -8,9 +8,11 @@ const page = (() => {
 
   function head() {
     const { name, stage, facts } = timeline.data;
-    const told = Object.entries(facts).map(([key, value]) =>
-      dom.el("div", { class: "fact" }, dom.el("dt", {}, key), dom.el("dd", {}, value)),
-    );
+    const told = Object.entries(facts)
+      .filter(([, value]) => value !== name && value !== stage)
+      .map(([key, value]) =>
+        dom.el("div", { class: "fact" }, dom.el("dt", {}, key), dom.el("dd", {}, value)),
+      );
     dom.put(
       dom.byId("top"),
       dom.el(

@@ -1,6 +1,7 @@
 // The two pictures, before and after.
 const picture = (() => {
   "use strict";
+  const NOWHERE = { x: 0, y: 0, width: 1, height: 1 };
   let drawn = null; // { seen, placed, scaled }
   const panes = dom.el("div", { class: "panes" });
 
@@ -9,20 +10,20 @@ const picture = (() => {
     if (!drawing || !drawing.nodes.length) return empty();
     const before = drawn;
     const seen = visible.of(drawing, state.now.open);
-    const placed = layout.of(drawing, seen, shapes.sizeOf);
+    const placed = layout.of(drawing, seen, labels.sizeOf, labels.statusOf);
     drawn = { seen, placed, scaled: scaleOf(drawing, seen) };
     const shown = seen.shown.map((side) => pane(side));
     dom.put(panes, shown.map(({ figure }) => figure), buttons()); // prettier-ignore
     panes.classList.toggle("single", shown.length === 1);
     choosing.turnTo(shown);
-    camera.turnTo(shown, placed.bounds);
+    camera.turnTo(shown, placed.bounds, placed.changed);
     return keep && before ? camera.follow(placeOf(before), placeOf(drawn)) : camera.fit();
   }
 
   function empty() {
     drawn = null;
     choosing.turnTo([]);
-    camera.turnTo([], { x: 0, y: 0, width: 1, height: 1 });
+    camera.turnTo([], NOWHERE, []);
     const told = "No graph was kept of this step; its text is in the next tab.";
     dom.put(panes, dom.el("p", { class: "nothing" }, told));
   }
@@ -30,8 +31,7 @@ const picture = (() => {
   // Of the region that was unfolded or folded, which stays under the pointer.
   function placeOf({ placed }) {
     const key = state.now.selected ?? "";
-    const region = Number(key.slice(1));
-    const places = visible.SIDES.map((side) => placed.opened[side].get(region) ?? placed.boxes[side].get(key));
+    const places = visible.SIDES.map((side) => placed[side].opened.get(key) ?? placed[side].boxes.get(key));
     return key[0] === "r" ? places.find(Boolean) : null;
   }
 
@@ -39,14 +39,21 @@ const picture = (() => {
 
   function scaleOf(drawing, seen) {
     const keys = visible.SIDES.flatMap((side) => [...seen[side].items.keys()].map((key) => [key, side]));
-    return overlays.scale(keys.map(([key, side]) => overlays.valueOf(nodesOf(drawing, seen, key, side), side)));
+    return overlays.scale(
+      keys.map(([key, side]) => overlays.valueOf(nodesOf(drawing, seen, key, side), side)),
+    );
   }
 
   function pane(side) {
     const title = side === "before" ? state.step().before : state.step().after;
     const what = drawn.seen.changed ? side : "before and after";
     const view = dom.svg("g", { class: "view" }, contents(side));
-    const told = { class: "pane-picture", role: "group", "aria-label": `${what}: ${title}`, "data-side": side };
+    const told = {
+      class: "pane-picture",
+      role: "group",
+      "aria-label": `${what}: ${title}`,
+      "data-side": side,
+    };
     const svg = dom.svg("svg", told, arrows(side), view);
     const caption = dom.el("figcaption", {}, dom.el("b", {}, what), title);
     return { svg, view, figure: dom.el("figure", { class: `pane ${side}` }, caption, svg) };
@@ -54,8 +61,8 @@ const picture = (() => {
 
   function contents(side) {
     const { seen, placed, scaled } = drawn;
-    const boxes = placed.boxes[side];
-    const frames = [...placed.opened[side]].map(([region, box]) => shapes.frame(region, side, box));
+    const { boxes, opened } = placed[side];
+    const frames = [...opened].map(([key, box]) => shapes.frame(key, side, box));
     const items = [...boxes].map(([key, box]) => {
       const value = overlays.valueOf(nodesOf(state.drawing(), seen, key, side), side);
       return shapes.box(key, side, box, value, scaled);
@@ -64,11 +71,11 @@ const picture = (() => {
   }
 
   function wire(side, [from, to, status]) {
-    const { boxes, points } = drawn.placed;
-    const ends = [boxes[side].get(from), boxes[side].get(to)];
-    const drawnWire = shapes.edge(...ends, points.get(`${from} ${to}`), status, side);
-    drawnWire.dataset.ends = `${from} ${to}`;
-    return drawnWire;
+    const { boxes } = drawn.placed[side];
+    const points = drawn.placed.pointsOf(from, to);
+    const line = shapes.edge(boxes.get(from), boxes.get(to), points, status, side);
+    line.dataset.ends = `${from} ${to}`;
+    return line;
   }
 
   function arrows(side) {

@@ -4,7 +4,8 @@ const search = (() => {
   const room = dom.byId("search");
   const MOST = 40;
   const input = dom.el("input", {
-    type: "search",
+    type: "text",
+    inputmode: "search",
     id: "search-input",
     role: "combobox",
     "aria-expanded": "true",
@@ -52,7 +53,7 @@ const search = (() => {
     const drawing = timeline.drawingOf(section);
     const go = { step, section: at };
     const { layers } = section;
-    yield { kind: "section", text: sections.titleOf(section), layers: [], go };
+    yield { kind: "section", text: section.title, layers: [], go };
     for (const [index, region] of drawing.regions.entries()) {
       const here = { ...go, selected: `r${index}` };
       yield { kind: "region", text: region.name, layers, go: here };
@@ -70,7 +71,7 @@ const search = (() => {
     const here = { ...go, open: new Set(regions) };
     for (const weight of side.weights)
       yield { kind: "weight", text: weight.name, more: weight.origin, layers, go: here };
-    yield { kind: "operator", text: shapes.operator(side), more: side.code, layers, go: here };
+    yield { kind: "operator", text: labels.operator(side), more: side.code, layers, go: here };
     if (side.path) yield { kind: "module", text: side.path, more: side.source, layers, go: here };
   }
 
@@ -131,7 +132,8 @@ const search = (() => {
     list.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "nearest" });
   }
 
-  const where = (hit) => (hit.kind === "pass" ? "" : timeline.data.steps[hit.go.step].name);
+  const where = (hit) =>
+    hit.kind === "pass" ? "" : words.clipped(timeline.data.steps[hit.go.step].name, 28);
 
   function pressed(event) {
     const moves = { ArrowDown: 1, ArrowUp: -1 };

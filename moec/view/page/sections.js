@@ -21,7 +21,7 @@ const sections = (() => {
           class: `cell${state.step().sections[at].changed ? " changed" : ""}`,
           "aria-pressed": String(at === state.now.section && layer === state.now.layer),
           "data-same": at === state.now.section,
-          title: `layer ${layer}: ${titleOf(state.step().sections[at])}`,
+          title: `layer ${layer}: ${state.step().sections[at].title}`,
           onclick: () => state.change({ section: at, layer }),
         },
         kinds.length > 1 ? letter(kinds.indexOf(at)) : "",
@@ -47,13 +47,6 @@ const sections = (() => {
     if (common === 1 && most > 1)
       return `${all}: ×${most} alike; ${words.exact(rare.flat().length)} differ: ${words.ranges(rare.flat())}`;
     return `${all} of ${kinds.length} kinds`;
-  }
-
-  // "blocks 0–3, 5 · ×5"
-  function titleOf(section) {
-    if (!section.layers.length) return section.title;
-    const noun = section.layers.length === 1 ? "block" : "blocks";
-    return `${noun} ${words.ranges(section.layers)}`;
   }
 
   const isListed = (section, at) => section.changed || state.now.unchanged || at === state.now.section;
@@ -93,7 +86,7 @@ const sections = (() => {
         "aria-pressed": String(at === state.now.section),
         onclick: () => state.change({ section: at }, { record: true }),
       },
-      dom.el("span", { class: "title" }, words.clipped(titleOf(section), 34)),
+      dom.el("span", { class: "title" }, words.clipped(section.title, 34)),
       section.layers.length > 1 && dom.el("span", { class: "times" }, `×${section.layers.length} alike`),
       dom.el("span", { class: "changes" }, words.changes(counts) || "unchanged"),
     );
@@ -142,5 +135,5 @@ const sections = (() => {
     if (next !== undefined) state.change({ section: next });
   }
 
-  return { bar, draw, move, titleOf };
+  return { bar, draw, move };
 })();

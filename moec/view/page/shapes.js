@@ -1,105 +1,44 @@
-// How an item looks: its lines of text, its size, its box, and the line of an edge.
+// How items and edges are drawn.
 const shapes = (() => {
   "use strict";
-  const WIDEST = 30; // characters
-  const [CHARACTER, BOLD] = [6.7, 7.4]; // widths of one, in the fonts of `.item text`
-  const [HEIGHT, INSET] = [44, 12];
-
-  const nodeAt = (key) => state.drawing().nodes[Number(key.slice(1))];
-  const regionAt = (key) => state.drawing().regions[Number(key.slice(1))];
-  const named = (text) => words.inLayer(text, state.now.layer);
-  const operator = (side) => side.operator.replace(/^aten\./, "");
-
-  // [first line, its right end, second line]
-  function linesOf(key, side) {
-    if (key[0] === "n") {
-      const seen = nodeAt(key)[side];
-      const name = named(seen.name);
-      return [operator(seen), name === operator(seen) ? "" : name, seen.value];
-    }
-    const region = regionAt(key);
-    const nodes = timeline
-      .membersOf(state.drawing())
-      [Number(key.slice(1))].map((at) => state.drawing().nodes[at]);
-    const there = nodes.filter((node) => node[side]);
-    const changes = words.changes(timeline.countsOf(there));
-    return [
-      named(region.name),
-      "",
-      `${words.plural(there.length, "operator")}${changes ? ` · ${changes}` : ""}`,
-    ];
-  }
-
-  function sizeOf(key) {
-    const present = visible.SIDES.filter((side) => key[0] === "r" || nodeAt(key)[side]);
-    const widths = present.map((side) => {
-      const [first, right, second] = linesOf(key, side).map((text) => words.clipped(text, WIDEST));
-      return Math.max(
-        BOLD * first.length + CHARACTER * right.length + (right ? 18 : 0),
-        CHARACTER * second.length,
-      );
-    });
-    return { width: Math.round(Math.max(96, ...widths) + 2 * INSET + 14), height: HEIGHT };
-  }
-
-  const statusOf = (key) => (key[0] === "n" ? nodeAt(key).status : regionAt(key).status);
+  const { HEIGHT, INSET } = labels;
+  const TALL = 1.5 * HEIGHT; // a box as high as this lies over others, and has its text in the middle
 
   // A box with its sign; a folded region has a second sheet behind it.
   function box(key, side, { x, y, width, height }, value, scaled) {
-    const status = statusOf(key);
-    const [first, right, second] = linesOf(key, side);
-    const last = value === null ? second : overlays.told(value);
-    const centre = height > HEIGHT * 1.5 ? (height - HEIGHT) / 2 : 0;
+    const status = labels.statusOf(key);
+    const kind = labels.isRegion(key) ? "region" : labels.isEnd(key, side) ? "operator end" : "operator";
+    const size = { width, height, rx: 8 };
     return dom.svg(
       "g",
       {
-        class: `item ${key[0] === "n" ? "operator" : "region"} ${status} ${ends(key, side)}`,
+        class: `item ${kind} ${status}`,
         transform: `translate(${x},${y})`,
-        ...focusable(key, side, false),
+        ...labels.attributes(key, side, false),
       },
-      key[0] === "r" && dom.svg("rect", { class: "sheet", x: 4, y: 4, width, height, rx: 8 }),
-      dom.svg("rect", { class: "body", width, height, rx: 8 }),
-      value !== null && dom.svg("rect", { ...painted(value, scaled), width, height, rx: 8 }),
-      dom.svg("rect", { class: "edge", width, height, rx: 8 }),
+      labels.isRegion(key) && dom.svg("rect", { class: "sheet", x: 4, y: 4, ...size }),
+      dom.svg("rect", { class: "body", ...size }),
+      value !== null && dom.svg("rect", { ...painted(value, scaled), ...size }),
+      dom.svg("rect", { class: "edge", ...size }),
       status !== "kept" && sign(status),
-      dom.svg(
-        "g",
-        { transform: `translate(0,${centre})` },
-        dom.svg(
-          "text",
-          { class: "first", x: INSET, y: 18 },
-          `${key[0] === "r" ? "▸ " : ""}${words.clipped(first, WIDEST)}`,
-        ),
-        right &&
-          dom.svg(
-            "text",
-            { class: "right", x: width - INSET, y: 18, "text-anchor": "end" },
-            words.clipped(right, WIDEST),
-          ),
-        dom.svg(
-          "text",
-          { class: value === null ? "second" : "second told", x: INSET, y: 35 },
-          words.clipped(last, Math.floor((width - 2 * INSET) / CHARACTER) + 1),
-        ),
-      ),
+      text(key, side, { width, height }, value),
     );
   }
 
-  // One item of a pane is reached by Tab; `picture` chooses which.
-  function focusable(key, side, open) {
-    const what = linesOf(key, side).filter(Boolean).join(", ");
-    const label = `${key[0] === "r" ? "region " : ""}${what}, ${statusOf(key)}`;
-    return {
-      "data-key": `${side} ${key}`,
-      role: "button",
-      tabindex: "-1",
-      "aria-label": label,
-      "aria-expanded": key[0] === "r" ? String(open) : null,
-    };
+  function text(key, side, { width, height }, value) {
+    const [first, right, second] = labels.shortened(key, side);
+    const told = value === null ? second : labels.fitting(overlays.told(value), width);
+    const tall = height > TALL;
+    const at = tall ? { x: width / 2, "text-anchor": "middle" } : { x: INSET };
+    const fold = labels.isRegion(key) ? "▸ " : "";
+    return dom.svg(
+      "g",
+      { transform: `translate(0,${tall ? (height - HEIGHT) / 2 : 0})` },
+      dom.svg("text", { class: "first", y: 18, ...at }, fold + first),
+      right && dom.svg("text", { class: "right", x: width - INSET, y: 18, "text-anchor": "end" }, right),
+      dom.svg("text", { class: value === null ? "second" : "second told", y: 35, ...at }, told),
+    );
   }
-
-  const ends = (key, side) =>
-    key[0] === "n" && ["input", "output"].includes(nodeAt(key)[side].operator) ? "end" : "";
 
   const painted = (value, scaled) =>
     overlays.isAmount()
@@ -116,17 +55,18 @@ const shapes = (() => {
     );
 
   // An unfolded region, around its operators; its name folds it.
-  function frame(region, side, { x, y, width, height }) {
-    const { name, status } = state.drawing().regions[region];
+  function frame(key, side, { x, y, width, height }) {
+    const [name] = labels.shortened(key, side);
+    const status = labels.statusOf(key);
     return dom.svg(
       "g",
       { class: `frame ${status}`, transform: `translate(${x},${y})` },
       dom.svg("rect", { class: "edge", width, height, rx: 10 }),
       dom.svg(
         "g",
-        { class: "item handle", ...focusable(`r${region}`, side, true) },
+        { class: "item handle", ...labels.attributes(key, side, true) },
         dom.svg("rect", { class: "grip", width, height: 24, rx: 10 }),
-        dom.svg("text", { class: "first", x: INSET, y: 17 }, `▾ ${named(name)}`),
+        dom.svg("text", { class: "first", x: INSET, y: 17 }, `▾ ${name}`),
       ),
       status !== "kept" && sign(status),
     );
@@ -149,14 +89,14 @@ const shapes = (() => {
     let last = start;
     const parts = rest.map((point) => {
       const bend = Math.max((point.y - last.y) / 2, 12);
-      const part = `C${place(last.x, last.y + bend)} ${place(point.x, point.y - bend)} ${place(point.x, point.y)}`;
+      const ends = [at(last.x, last.y + bend), at(point.x, point.y - bend), at(point.x, point.y)];
       last = point;
-      return part;
+      return `C${ends.join(" ")}`;
     });
-    return `M${place(start.x, start.y)}${parts.join("")}`;
+    return `M${at(start.x, start.y)}${parts.join("")}`;
   }
 
-  const place = (x, y) => `${x.toFixed(1)},${y.toFixed(1)}`;
+  const at = (x, y) => `${x.toFixed(1)},${y.toFixed(1)}`;
 
-  return { sizeOf, linesOf, statusOf, box, frame, edge, named, operator };
+  return { box, frame, edge };
 })();

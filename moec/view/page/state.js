@@ -17,6 +17,12 @@ const state = (() => {
   const section = () => step().sections[now.section] ?? null;
   const drawing = () => (section() ? timeline.drawingOf(section()) : null);
 
+  // The number that stands for `{layer}` on a side: a pass may have numbered the layers anew.
+  function layer(side = "after") {
+    const { layers, before } = section() ?? { layers: [], before: [] };
+    return side === "before" && before.length ? before[layers.indexOf(now.layer)] : now.layer;
+  }
+
   // `listener(changed)` is called after every change, with the names of what changed.
   const onChange = (listener) => listeners.push(listener);
 
@@ -113,5 +119,5 @@ const state = (() => {
     });
   }
 
-  return { now, TABS, step, section, drawing, onChange, change, toggle, start };
+  return { now, TABS, step, section, drawing, layer, onChange, change, toggle, start };
 })();

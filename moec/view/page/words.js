@@ -47,25 +47,24 @@ const words = (() => {
 
   const tiny = (value) => (value === 0 ? "0" : value.toExponential(1));
 
-  // [0, 1, 2, 5] → "0–2, 5"; [1, 3, 5, 7, 9] → "1, 3, …, 9"
+  // [0, 1, 2, 5] → "0–2, 5"; [1, 3, 5, 7, 9] → "1, 3 … 9"
   function ranges(numbers) {
     const left = [...new Set(numbers)].sort((a, b) => a - b);
     const told = [];
     while (left.length) {
-      const run = left.splice(0, steady(left));
+      const run = left.splice(0, Math.max(steady(left, 1), steady(left, 2)));
       const [first, second, last] = [run[0], run[1], run.at(-1)];
-      if (run.length < 3) told.push(...run);
-      else told.push(second === first + 1 ? `${first}–${last}` : `${first}, ${second}, …, ${last}`);
+      if (run.length === 1) told.push(first);
+      else told.push(second === first + 1 ? `${first}–${last}` : `${first}, ${second} … ${last}`);
     }
     return told.join(", ");
   }
 
-  // How many of them, from the first, go on by the same stride; two that are no neighbours are no run.
-  function steady(numbers) {
-    const stride = numbers[1] - numbers[0];
+  // How many of them, from the first, go on by a stride; fewer than three are told one by one.
+  function steady(numbers, stride) {
     let count = 1;
     while (count < numbers.length && numbers[count] - numbers[count - 1] === stride) count += 1;
-    return count >= (stride === 1 ? 3 : 4) ? count : 1;
+    return count > 2 ? count : 1;
   }
 
   const LAYER = "{layer}";
