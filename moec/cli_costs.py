@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moec.commands.options import (
+    MODEL_HELP,
     HardwareName,
     Json,
     Meta,
@@ -92,12 +93,21 @@ def cost(
 
 @costs.command()
 def plot(
-    model: Saved,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|DIR|RUN", help=f"The folder of a training, or {MODEL_HELP}")
+    ],
     hardware: HardwareName = None,
     over: Annotated[
-        str, typer.Option(help="What grows: ranks, batch, sequence, or past (of decode).")
-    ] = "batch",
-    of: Annotated[str, typer.Option(help="latency, or throughput in tokens a second.")] = "throughput",
+        str | None,
+        typer.Option(help="What grows: ranks, batch, sequence, or past (of decode). Left out: batch."),
+    ] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(
+            help="latency, or throughput in tokens a second. Of a training: experts (all of these), load, "
+            "dropped, entropy or traffic. Left out: throughput, or experts."
+        ),
+    ] = None,
     out: Annotated[
         str, typer.Option("--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
     ] = "plot.png",
@@ -105,7 +115,13 @@ def plot(
         list[str] | None,
         typer.Option("--plan", "-p", help="A TOML file, a shipped plan, or dense; may be repeated."),
     ] = None,
-    phase: PhaseName = "training",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layers", metavar="LAYER", help="Of a training: 3, moe_3 or a glob; may be repeated."),
+    ] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="training, forward or decode. Left out: training.")
+    ] = None,
     batch: RankBatch = None,
     sequence: RankSequence = None,
     past: Past = None,
@@ -113,16 +129,29 @@ def plot(
     low: Annotated[int | None, typer.Option("--from", metavar="N", min=1, help="Where it begins.")] = None,
     high: Annotated[int | None, typer.Option("--to", metavar="N", min=1, help="Where it ends.")] = None,
 ) -> None:
-    """Draw what plans will take on hardware, as ranks, batch or length grow by doubling.
+    """Draw what plans will take on hardware, as ranks, batch or length grow; or what experts did in a
+    training.
 
     moec plot examples/gpt.py:small -p dense -p moe --hardware a100x8 --sequence 64 --out plot.svg
+
+    moec plot run --out experts.png
     """
     from moec.commands.foreseen import Asked
-    from moec.commands.plot import Plotted
+    from moec.commands.plot import Plotted, require_model
     from moec.commands.plot import plot as draw_plot
+    from moec.commands.plot_run import means_run, plot_run
 
-    asked = Asked(phase, batch, sequence, past, ranks, hardware)
-    draw_plot(model, plan or ["dense"], asked, Plotted(over, of, out, low, high))
+    if means_run(model, of):
+        foreign = {
+            "--hardware": hardware, "--over": over, "--plan": plan, "--phase": phase, "--batch": batch,
+            "--sequence": sequence, "--past": past, "--ranks": ranks, "--from": low, "--to": high,
+        }  # fmt: skip
+        plot_run(model, of or "experts", out, layers or (), foreign)
+        return
+    require_model(model, layers)
+    asked = Asked(phase or "training", batch, sequence, past, ranks, hardware)
+    plotted = Plotted(over or "batch", of or "throughput", out, low, high)
+    draw_plot(model, plan or ["dense"], asked, plotted)
 
 
 @costs.command()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.cost.shown.spelling import short
 from moec.errors import CostError, nearest
+from moec.runtime.pictures.style import COLOURS, FAINT, INK, End, name_ends, require_picture
 from moec.sweep import OF, Curve, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-KINDS = (".png", ".svg", ".pdf")
-COLOURS = ("#3b6fb6", "#c8553d", "#3f8f5b", "#8a5a9e", "#b08a2e", "#4d9aa8")
 TITLES = {"latency": "Seconds", "throughput": "Tokens a second"}
 AXES = {
     "ranks": "ranks",
@@ -24,21 +21,13 @@ AXES = {
     "past": "positions in the cache",
 }
 RUNS = {"training": "a training step", "forward": "a forward run", "decode": "one step of decoding"}
-INK, FAINT = "#333333", "#dddddd"
-LINE = 15  # pixels between two names
 
 
 def require_drawable(path: str | Path, of: str) -> None:
     """Refuse what cannot be drawn: another kind of file or amount, or no matplotlib. Raises `CostError`."""
     if of not in OF:
         raise CostError("plot", f"of = {of!r}", f"one of {', '.join(OF)}", nearest(of, OF))
-    kind = Path(path).suffix
-    if kind not in KINDS:
-        raise CostError(str(path), f"a picture of the kind {kind!r}", f"one of {', '.join(KINDS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise CostError("plot", "no matplotlib", "the extra that draws", "pip install 'moec[plot]'") from None
+    require_picture(path, CostError)
 
 
 def draw(sweep: Sweep, of: str, path: str | Path) -> Path:
@@ -55,7 +44,7 @@ def draw(sweep: Sweep, of: str, path: str | Path) -> Path:
         _draw_curve(axes, curve, of, COLOURS[place % len(COLOURS)])
     _label(axes, sweep, of)
     figure.draw_without_rendering()  # places are known from here on
-    _name_curves(axes, sweep.curves, of)
+    name_ends(axes, [_end(curve, of, place) for place, curve in enumerate(sweep.curves)])
     figure.savefig(path, dpi=150)
     return Path(path)
 
@@ -68,25 +57,9 @@ def _draw_curve(axes: Axes, curve: Curve, of: str, colour: str) -> None:
         axes.plot(point.at, amount, "o", markersize=5.5, color=colour, markerfacecolor=inside, zorder=3)
 
 
-def _name_curves(axes: Axes, curves: Sequence[Curve], of: str) -> None:
-    """Each name where its curve ends, pushed apart where the ends are near each other."""
-    ends = sorted(
-        (axes.transData.transform((curve.points[-1].at, curve.points[-1].of(of)))[1], place)
-        for place, curve in enumerate(curves)
-    )
-    lowest = -math.inf
-    for height, place in ends:
-        end = curves[place].points[-1]
-        lowest = max(height, lowest + LINE)
-        lift = (lowest - height) * 72 / axes.figure.dpi
-        axes.annotate(
-            curves[place].name,
-            (end.at, end.of(of)),
-            (8, lift),
-            textcoords="offset points",
-            va="center",
-            color=COLOURS[place % len(COLOURS)],
-        )
+def _end(curve: Curve, of: str, place: int) -> End:
+    last = curve.points[-1]
+    return End(last.at, last.of(of), curve.name, COLOURS[place % len(COLOURS)])
 
 
 def _label(axes: Axes, sweep: Sweep, of: str) -> None:

@@ -46,6 +46,14 @@ def loads_of(
     return {layer: load_of(row, num_tokens * settings[layer].top_k) for layer, row in counts.items()}
 
 
+def on_host(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same counts on the CPU; a device is waited for once, not once a layer."""
+    if not counts:
+        return {}
+    together = torch.cat(list(counts.values())).cpu()
+    return dict(zip(counts, together.split([row.numel() for row in counts.values()]), strict=True))
+
+
 @torch.no_grad()
 def nudge_biases(
     biases: Mapping[str, Tensor], counts: Mapping[str, Tensor], settings: Mapping[str, LayerSettings]

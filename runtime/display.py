@@ -33,6 +33,8 @@ class TrainingDisplay:
         """Say where the records go."""
         if not book.has_board:
             self.note(f"no TensorBoard (pip install 'moec[tensorboard]'): records go to {book.path} alone")
+        elif not book.has_pictures:
+            self.note("no matplotlib (pip install 'moec[plot]'): TensorBoard gets no pictures of the experts")
 
     def step(self, record: StepRecord) -> None:
         """Move the bar; without a terminal, print a line every `log_every` steps and for the last one."""

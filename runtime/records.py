@@ -1,4 +1,11 @@
-"""What training writes down: a record per step and per evaluation, as JSON lines and for TensorBoard."""
+"""What training writes down: a record per step and per evaluation, as JSON lines and for TensorBoard.
+
+A line of `train.jsonl` is a step, an evaluation, or what experts, routers and ranks did in a step
+(`observed`; left out where there was nothing to see). TensorBoard has the same numbers: `train/…` and
+`held_out/…`, `router_entropy/moe_1` in nats, `traffic_bytes/data` and `traffic_messages/data`, and a
+histogram `load_over_mean/moe_1` of the experts' rows, 1 being the mean. After evaluations it gets the picture
+that `moec plot RUN` draws, `experts`, which takes at most a thirtieth of the time (`pictures/board.py`).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
+import torch
+
 from moec.runtime.balance import Load
 from moec.runtime.evaluate import Evaluation
+from moec.runtime.observed import Observed
+from moec.runtime.pictures.board import BoardPictures
+from moec.runtime.pictures.style import can_draw
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,9 @@ class EvaluationRecord:
     evaluation: Evaluation
 
 
+Record = StepRecord | EvaluationRecord | Observed
+
+
 class RecordBook:
     """Writes records under `folder`: `train.jsonl`, and `tensorboard/` where TensorBoard is installed.
 
@@ -63,20 +78,29 @@ class RecordBook:
         draft.replace(self.path)
         self._file: TextIO = self.path.open("a", encoding="utf-8", buffering=1)
         self._board = _open_board(folder / "tensorboard", step)
+        drawn = self._board is not None and can_draw()
+        self._pictures = BoardPictures(self._board, folder) if drawn else None
 
     @property
     def has_board(self) -> bool:
         """Whether TensorBoard is installed and written to."""
         return self._board is not None
 
-    def write(self, record: StepRecord | EvaluationRecord) -> None:
-        """Add one line, and its numbers to TensorBoard."""
-        kind = "step" if isinstance(record, StepRecord) else "evaluation"
-        row = {"kind": kind, **_flat(record)}
+    @property
+    def has_pictures(self) -> bool:
+        """Whether TensorBoard gets pictures too: matplotlib is installed."""
+        return self._pictures is not None
+
+    def write(self, record: Record) -> None:
+        """Add one line, and what it says to TensorBoard; nothing where nothing was observed."""
+        if isinstance(record, Observed) and record.is_empty:
+            return
+        row = {"kind": _KINDS[type(record)], **_flat(record)}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._board is not None:
-            for name, value in _scalars(row, "train" if kind == "step" else "held_out"):
-                self._board.add_scalar(name, value, record.step)
+            _show(self._board, row)
+        if self._pictures is not None and isinstance(record, EvaluationRecord) and record.evaluation.counts:
+            self._pictures.show(record.step)
 
     def flush(self) -> None:
         """Hand everything written so far to the operating system."""
@@ -105,7 +129,11 @@ class NoRecords(RecordBook):
     def has_board(self) -> bool:
         return True
 
-    def write(self, record: StepRecord | EvaluationRecord) -> None:
+    @property
+    def has_pictures(self) -> bool:
+        return True
+
+    def write(self, record: Record) -> None:
         """Written by the first rank."""
 
     def flush(self) -> None:
@@ -122,15 +150,37 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _flat(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
-    if isinstance(record, StepRecord):
+_KINDS = {StepRecord: "step", EvaluationRecord: "evaluation", Observed: "observed"}
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    if not isinstance(record, EvaluationRecord):
         return {name: value for name, value in asdict(record).items() if value is not None}
     told = asdict(record.evaluation)
     return {"step": record.step, **told, "bits": record.evaluation.bits}
 
 
-def _scalars(row: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+def _show(board: Any, row: Mapping[str, Any]) -> None:
+    """Hand a row to TensorBoard."""
+    if row["kind"] == "observed":
+        for layer, counts in row["counts"].items():
+            mean = max(sum(counts), 1) / len(counts)
+            shares = torch.tensor([count / mean for count in counts])
+            board.add_histogram(f"load_over_mean/{layer}", shares, row["step"])
+    for name, value in _observed_scalars(row) if row["kind"] == "observed" else _scalars(row):
+        board.add_scalar(name, value, row["step"])
+
+
+def _observed_scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    scalars = [(f"router_entropy/{layer}", value) for layer, value in row["router_entropy"].items()]
+    for axis, sending in row["traffic"].items():
+        scalars += [(f"traffic_{amount}/{axis}", float(value)) for amount, value in sending.items()]
+    return scalars
+
+
+def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
     """The numbers of a row under TensorBoard's names, such as `train/loss` and `train/moe_1/dropped`."""
+    prefix = "train" if row["kind"] == "step" else "held_out"
     scalars = [(f"{prefix}/{name}", value) for name, value in row.items() if isinstance(value, float)]
     for layer, load in row["load"].items():
         scalars += [(f"{prefix}/{layer}/{name}", value) for name, value in load.items()]

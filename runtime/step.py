@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from moec.errors import TrainError
 from moec.plan import Train
@@ -17,6 +18,7 @@ from moec.runtime.batch_loss import BatchLoss, LossSum, compute_loss
 from moec.runtime.data import IGNORED, Batch
 from moec.runtime.distillation.lesson import Lesson
 from moec.runtime.holding import Holding
+from moec.runtime.observed import Observer
 from moec.runtime.optimizer import Optimizer
 from moec.runtime.ranks import ranks_of
 from moec.runtime.recompute import recomputing
@@ -34,15 +36,18 @@ class OptimizerStep:
         self.holding = Holding(program, self.ranks)
         self.optimizer = Optimizer(program, settings, self.holding)
 
-    def take(self, batch: Batch, rate: float, lessons: Lessons | None = None) -> tuple[BatchLoss, float]:
+    def take(
+        self, batch: Batch, rate: float, lessons: Lessons | None = None, observer: Observer | None = None
+    ) -> tuple[BatchLoss, float]:
         """Learn from `batch` (two i64 `[B, S]`) at learning rate `rate`; gives the loss and gradient norm.
 
         The batch is that of the whole job, the same on every rank; each learns from its stretch of it.
-        `lessons`: asks a teacher about a part of the batch that begins with its i-th sequence.
+        `lessons`: asks a teacher about a part of the batch that begins with its i-th sequence. `observer`:
+        hears what routers say, of every part.
         Raises `TrainError` when either is not finite; the weights are then as they were before.
         """
         try:
-            loss = self.gradients(batch, lessons)
+            loss = self.gradients(batch, lessons, observer)
             self.optimizer.reduce()
             norm = self.clip()
             self.update(rate, loss)
@@ -50,7 +55,9 @@ class OptimizerStep:
             self.optimizer.free()
         return loss, norm
 
-    def gradients(self, batch: Batch, lessons: Lessons | None = None) -> BatchLoss:
+    def gradients(
+        self, batch: Batch, lessons: Lessons | None = None, observer: Observer | None = None
+    ) -> BatchLoss:
         """Leave the mean gradient over `batch` in the parameters, computed in `accumulate` equal parts.
 
         The task loss is a mean over tokens, so its gradient does not depend on the number of parts. The
@@ -61,7 +68,7 @@ class OptimizerStep:
         parts = self.settings.accumulate
         with recomputing(self.program, self.settings.recompute):
             for part in zip(*(side.chunk(parts) for side in batch), strict=True):
-                self._learn(part, None if lessons is None else lessons(part, first), total)
+                self._learn(part, None if lessons is None else lessons(part, first), total, observer)
                 first += len(part[0])
         loss = total.mean(self.ranks)
         if not loss.is_finite:
@@ -71,10 +78,11 @@ class OptimizerStep:
             raise TrainError("loss", found, "a finite number", "a lower lr, or a longer warmup")
         return loss
 
-    def _learn(self, part: Batch, lesson: Lesson | None, total: LossSum) -> None:
+    def _learn(self, part: Batch, lesson: Lesson | None, total: LossSum, observer: Observer | None) -> None:
         """Add the gradient of one part; what it took, the lesson among it, goes before the next part."""
         tokens, targets = (side.to(self.ranks.device) for side in self.ranks.stretch(part))
-        terms = compute_loss(self.program, (tokens, targets), self.settings, lesson)
+        with nullcontext() if observer is None else observer.part():
+            terms = compute_loss(self.program, (tokens, targets), self.settings, lesson)
         (terms["loss"] / self.settings.accumulate).backward()
         total.add(terms, part[0].numel())
 

@@ -1,8 +1,8 @@
 """Where a rank is: the collectives it has entered, noted as it enters them.
 
-The process group of each mesh axis is wrapped, so that whatever communicates along an axis (a node of the
-program, its backward, the trainer) is seen, and nothing in the program changes. A note costs microseconds;
-sentences are made of notes when somebody asks.
+The process group of each mesh axis is wrapped (`wrapped_groups.py`), so that whatever communicates along an
+axis (a node of the program, its backward, the trainer) is seen, and nothing in the program changes. A note
+costs microseconds; sentences are made of notes when somebody asks.
 
 The layer is known in both directions. Forward, hooks say which region is running. Backward, the autograd
 engine says which node is running, and a node has the sequence number it got in the forward of its region.
@@ -15,43 +15,17 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
 
 from moec.ir import region_of
-from moec.runtime.ops.groups import group_of
+from moec.runtime.wrapped_groups import OPERATIONS, wrapped_axes
 
 #: How many entries along one axis are remembered; a rank is never further ahead of another than that.
 REMEMBERED = 8
-
-#: The methods that a group is called by, here by the names that people call them by.
-OPERATIONS = {
-    "allreduce": "all_reduce",
-    "allreduce_coalesced": "all_reduce",
-    "allgather": "all_gather",
-    "_allgather_base": "all_gather",
-    "all_gather_single": "all_gather",
-    "all_gather_single_coalesced": "all_gather",
-    "allgather_into_tensor_coalesced": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "_reduce_scatter_base": "reduce_scatter",
-    "reduce_scatter_single": "reduce_scatter",
-    "reduce_scatter_single_coalesced": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "alltoall": "all_to_all",
-    "alltoall_base": "all_to_all",
-    "all_to_all_single": "all_to_all",
-    "broadcast": "broadcast",
-    "barrier": "barrier",
-    "send": "send",
-    "recv": "receive",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,55 +145,12 @@ class Trail:
         self._inside = False
 
 
-class WatchedGroup(dist.ProcessGroup):
-    """The process group of an axis, that notes what it is asked for and hands it on."""
-
-    def __init__(self, axis: str, inner: dist.ProcessGroup, trail: Trail) -> None:
-        super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]
-        self.axis, self.inner, self.trail = axis, inner, trail
-
-    def getBackendName(self) -> str:
-        """The backend of the group inside."""
-        return str(self.inner.name())
-
-    @property
-    def _device_types(self) -> list[torch.device]:
-        return list(self.inner._device_types)
-
-    @property
-    def group_name(self) -> str:  # type: ignore[override]
-        """The axis: what the group is registered under."""
-        return self.axis
-
-
-def _noting(method: str, op: str) -> Callable[..., Any]:
-    @wraps(getattr(dist.ProcessGroup, method))
-    def call(self: WatchedGroup, *args: Any, **options: Any) -> Any:
-        self.trail.enter(self.axis, op)
-        return getattr(self.inner, method)(*args, **options)
-
-    return call
-
-
-for _method, _op in OPERATIONS.items():
-    if hasattr(dist.ProcessGroup, _method):  # the names differ between versions of torch
-        setattr(WatchedGroup, _method, _noting(_method, _op))
-
-
 @contextmanager
 def watched_axes(axes: list[str], trail: Trail) -> Iterator[None]:
     """Note in `trail` all that goes along `axes`, whose groups are registered already, while inside."""
-    inner = {axis: group_of(axis) for axis in axes}
-    watched = {axis: WatchedGroup(axis, group, trail) for axis, group in inner.items()}
-    for axis in axes:  # torch's table refers weakly to them; `watched` keeps them
-        _replace(axis, watched[axis])
-    try:
+
+    def note(_: object, axis: str, method: str, __: object) -> None:
+        trail.enter(axis, OPERATIONS[method])
+
+    with wrapped_axes(axes, note):
         yield
-    finally:
-        for axis, group in inner.items():
-            _replace(axis, group)
-
-
-def _replace(axis: str, group: dist.ProcessGroup) -> None:
-    _unregister_process_group(axis)  # type: ignore[arg-type]
-    _register_process_group(axis, group)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 Everything it needs is handed in, everything it makes lies in `out_dir`:
 
     out_dir/step-00000200/    a checkpoint (see `checkpoint.py`)
-    out_dir/train.jsonl       a line per logged step and per evaluation
+    out_dir/train.jsonl       a line per logged step and per evaluation, and what experts did (`records.py`)
     out_dir/tensorboard/      the same for TensorBoard, where it is installed
 
 A run that was stopped and resumed takes the same steps, bit for bit, as one that was not: batches are a
@@ -20,6 +20,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from rich.console import Console
 
 from moec.errors import ArtifactError, TrainError
 from moec.plan import Plan, Train
-from moec.runtime.balance import loads_of
+from moec.runtime.balance import loads_of, on_host
 from moec.runtime.checkpoint import latest_checkpoint, read_manifest, require_whole_files, save_checkpoint
 from moec.runtime.data import TextData
 from moec.runtime.display import TrainingDisplay
@@ -37,6 +38,7 @@ from moec.runtime.distillation.stages import Ending
 from moec.runtime.distillation.teaching import Teaching
 from moec.runtime.evaluate import Evaluation, evaluate
 from moec.runtime.interrupt import Interrupt
+from moec.runtime.observed import Observed, Observer
 from moec.runtime.records import EvaluationRecord, NoRecords, RecordBook, StepRecord
 from moec.runtime.rng import borrowed_rng, seed_of
 from moec.runtime.same_run import require_same_run
@@ -139,11 +141,14 @@ class Trainer:
         result = self._result
         self._end_teaching(display)
         while result.step < last and not self._ranks.any(interrupt.requested):
-            record = self._step()
+            logged = self._is_due(self.settings.log_every, after=1) or result.step + 1 == last
+            record, observed = self._step(Observer(self.program, self._ranks) if logged else None)
             result.history.append(record)
             display.step(record)
-            if self._is_due(self.settings.log_every) or result.step == last:
+            if logged:
                 book.write(record)
+            if observed is not None:
+                book.write(observed)
             # Evaluated first: a checkpoint holds what the evaluation of its step meant for the teacher.
             if self._is_due(self.settings.eval_every) or result.step == last:
                 self._evaluate(book, display)
@@ -159,22 +164,24 @@ class Trainer:
         with self._ranks.together():
             return RecordBook(self.out_dir, step) if self._ranks.is_first else NoRecords()
 
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and self._result.step % every == 0
+    def _is_due(self, every: int, after: int = 0) -> bool:
+        """Whether it is time for what is done every so many steps: now, or `after` further steps."""
+        return every > 0 and (self._result.step + after) % every == 0
 
-    def _step(self) -> StepRecord:
+    def _step(self, observer: Observer | None) -> tuple[StepRecord, Observed | None]:
         began = time.perf_counter()
         settings, result = self.settings, self._result
         batch = self.data.train_batch(settings.seed, self._position, settings.batch)
         rate, lessons = learning_rate(result.step, settings), self._lessons()
         try:
-            loss, norm = self._stepper.take(batch, rate, lessons)
+            with nullcontext() if observer is None else observer.step():
+                loss, norm = self._stepper.take(batch, rate, lessons, observer)
         except TrainError as error:
             raise self._with_last_good(error) from error
         result.step += 1
         self._position += settings.batch
-        num_tokens = batch[0].numel()
-        return StepRecord(
+        num_tokens, counts = batch[0].numel(), on_host(loss.counts)
+        record = StepRecord(
             step=result.step,
             loss=loss.loss,
             task=loss.task,
@@ -183,11 +190,12 @@ class Trainer:
             lr=rate,
             grad_norm=norm,
             tokens_per_second=num_tokens / (time.perf_counter() - began),
-            load=loads_of(loss.counts, self.program.moe_settings(), num_tokens),
+            load=loads_of(counts, self.program.moe_settings(), num_tokens),
             kl=loss.kl,
             hidden=loss.hidden,
             **self._stage(taught=lessons is not None),
         )
+        return record, None if observer is None else observer.observed(result.step, counts)
 
     def _stage(self, taught: bool) -> dict[str, Any]:
         """What the record of a step says of the teacher."""

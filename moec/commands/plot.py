@@ -45,6 +45,13 @@ def plot(model: str, plans: Sequence[str], asked: Asked, plotted: Plotted) -> No
     show("", f"drawn in {plotted.out}")
 
 
+def require_model(model: str, layers: Sequence[str] | None) -> None:
+    """Refuse what is asked of trainings alone. Raises `CostError`."""
+    if layers:
+        found = f"{layers[0]}, and {model} is not the folder of a training"
+        raise CostError("--layers", found, "the folder that a training wrote, with train.jsonl")
+
+
 def _checked(asked: Asked, over: str) -> tuple[dict[str, int], Hardware]:
     """The letters that stay, and the hardware; raises `CostError` for words that do not go together."""
     if over not in OVER:

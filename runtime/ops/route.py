@@ -27,6 +27,7 @@ from torch import Tensor
 
 from moec.errors import nearest
 from moec.runtime.ops.draws import gumbel_like
+from moec.runtime.ops.overhear import tell
 from moec.runtime.ops.registry import define, demand, differentiate, wide
 
 GATES = ("probability", "normalized", "straight-through", "sigmoid")
@@ -55,6 +56,7 @@ def _route(
 ) -> tuple[Tensor, Tensor]:
     check_route(scores, bias, top_k, gate, noise)
     scores_TE = scores.to(wide(scores.dtype))
+    tell(scores_TE, gate)
     noisy_TE = scores_TE + gumbel_like(scores_TE) if noise == "rsample" and training else scores_TE
     experts_TK = _largest(_selection(noisy_TE, bias, gate), top_k)
     return _weigh(scores_TE, experts_TK, gate), experts_TK

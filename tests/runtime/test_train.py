@@ -65,7 +65,8 @@ def test_records_hold_every_number_and_the_load(data: TextData, tmp_path: Path) 
     told = trainer(program, data, tmp_path / "run", steps=7, log_every=3, eval_every=4).run()
     rows = read_records(tmp_path / "run/train.jsonl")
     assert [(row["kind"], row["step"]) for row in rows] == [
-        ("step", 3), ("evaluation", 4), ("step", 6), ("step", 7), ("evaluation", 7),
+        ("step", 3), ("observed", 3), ("evaluation", 4), ("step", 6), ("observed", 6), ("step", 7),
+        ("observed", 7), ("evaluation", 7),
     ]  # fmt: skip
     assert rows[0].keys() == {
         "kind", "step", "loss", "task", "balance", "z", "lr", "grad_norm", "tokens_per_second", "load",
@@ -73,7 +74,9 @@ def test_records_hold_every_number_and_the_load(data: TextData, tmp_path: Path) 
     assert rows[0]["loss"] == told.history[2].loss == pytest.approx(rows[0]["task"] + rows[0]["balance"])
     assert rows[0]["load"][LAYER].keys() == {"max_over_mean", "entropy", "dropped"}
     assert rows[0]["load"][LAYER]["dropped"] == 0.0
-    assert rows[1]["bits"] == pytest.approx(rows[1]["loss"] / math.log(2))
+    assert sum(rows[1]["counts"][LAYER]) == 4 * 8 * 2  # batch, sequence, top_k
+    assert (rows[1]["router_entropy"], rows[1]["traffic"]) == ({}, {})  # no operators of moec, no ranks
+    assert rows[2]["bits"] == pytest.approx(rows[2]["loss"] / math.log(2))
 
 
 def test_tensorboard_gets_the_same_numbers(data: TextData, tmp_path: Path) -> None:

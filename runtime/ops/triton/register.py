@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.runtime.ops.overhear import tell
+
 
 def available() -> bool:
     """Whether there is a GPU of NVIDIA's, and Triton."""
@@ -61,7 +63,9 @@ def _gate(
         limits = (capacity_factor, eval_capacity_factor, min_capacity, random, training)
         return plain.gate_by_parts(x, router, bias, top_k, gate, noise, *limits)
     with _there(x):
-        return kernels.gate(x, router, bias, top_k, gate)
+        gated = kernels.gate(x, router, bias, top_k, gate)
+    tell(gated[0], gate)
+    return gated
 
 
 def _forward(

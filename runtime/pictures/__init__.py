@@ -1,0 +1,1 @@
+"""What a run did, as pictures: read off its records, drawn by matplotlib (the extra `plot`)."""
