@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from moec.errors import CaptureError
 from moec.ir import Origins, Program, Source
 from moec.ir.graphs import drop_unused, output
-from moec.ir.identity import identify
+from moec.ir.identity import identified
 from moec.ir.shapes import propagate
 
 from .dropout import follow_training
@@ -43,7 +43,7 @@ def capture(
     follow_training(graph.graph)
     drop_unused(graph)
     propagate(graph)
-    identify(graph, 0)
+    identified(graph, 0)
     source = _source(module, graph, origins, exported, notes)
     return Program(graph, source=source, origins=_present(origins, graph)).with_snapshot("captured")
 

@@ -15,7 +15,7 @@ a node that is gone, a second copy is made from it, and so is a node whose opera
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -104,8 +104,7 @@ class Identities:
 
     def step(self, number: int, what: object = "") -> str:
         """A name for the step that does `what` to these nodes: what branches off elsewhere has another."""
-        said = blake2b("\n".join([*self.stood, repr(what)]).encode(), digest_size=4)
-        return f"{number}-{said.hexdigest()}"
+        return _step(number, [*self.stood, repr(what)])
 
 
 def identities(root: fx.GraphModule) -> Identities:
@@ -116,10 +115,17 @@ def identities(root: fx.GraphModule) -> Identities:
     return Identities(held, stood)
 
 
+def _step(number: int, said: Iterable[str]) -> str:
+    digest = blake2b("\n".join(said).encode(), digest_size=4)
+    return f"{number}-{digest.hexdigest()}"
+
+
 def identified(root: fx.GraphModule, number: int) -> None:
-    """Give an identity to nodes of `root` that came without one, such as those of a graph made by hand."""
+    """Give an identity to nodes of `root` that have none: those of a graph that was captured, read or made by
+    hand, in step `number`. Graphs that read alike get the same ones, all others have none in common."""
     if any(ID not in place.node.meta for place in places(root)):
-        identify(root, identities(root).step(number))
+        said = (f"{region} {node.name} {node.op} {node.target} {node.args}" for region, node in places(root))
+        identify(root, _step(number, said))
 
 
 def _operator(root: fx.GraphModule, region: str, node: fx.Node) -> object:

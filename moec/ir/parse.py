@@ -19,6 +19,7 @@ from moec.errors import ArtifactError
 
 from .expressions import Expressions
 from .graphs import root_module
+from .identity import identified
 from .kinds import NUMBERS
 from .overloads import Kind, kind_of
 from .region import Region
@@ -70,6 +71,7 @@ class ParsedProgram:
             _place(root, name, value, persistent=name not in transient)
         self._install(root)
         _order_children(root, weights)
+        identified(root, 0)
         return root
 
     def _install(self, root: fx.GraphModule) -> None:
