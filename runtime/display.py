@@ -52,7 +52,7 @@ class TrainingDisplay:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> TrainingDisplay:
         self._bar.start()

@@ -38,9 +38,7 @@ def shades() -> Colormap:
     """Blue, white, orange; black below all of them."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    made = LinearSegmentedColormap.from_list("load", SHADES)
-    made.set_extremes(under=NONE, bad=ABSENT)
-    return made
+    return LinearSegmentedColormap.from_list("load", SHADES).with_extremes(under=NONE, bad=ABSENT)
 
 
 @dataclass(frozen=True)
