@@ -81,6 +81,8 @@ class Page:
         return done
 
     def _file(self, block: Block) -> None:
+        if block.language == "toml":
+            self._plan(block)
         path = self.folder / block.title
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.text, encoding="utf-8")
