@@ -119,6 +119,10 @@ def show(
         str | None,
         typer.Option("--html", metavar="FILE", help="Write a page: before and after of every pass."),
     ] = None,
+    explorer: Annotated[
+        str | None,
+        typer.Option("--model-explorer", metavar="FILE", help="Write graphs for Google's model-explorer."),
+    ] = None,
     meta: Meta = False,
     trust: Trust = False,
     as_json: Json = False,
@@ -132,7 +136,7 @@ def show(
 
     show_program(
         model, plan, stage=stage, ledger=ledger, origins=origins, certificates=certificates,
-        html=html, meta=meta, trust=trust, as_json=as_json,
+        html=html, explorer=explorer, meta=meta, trust=trust, as_json=as_json,
     )  # fmt: skip
 
 

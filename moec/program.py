@@ -242,6 +242,22 @@ class Program(Objective):
 
         return write_page(timeline_of(self, **sizes), path)
 
+    def to_model_explorer(self, path: str | Path, **sizes: int) -> Path:
+        """Write a graph collection for Google's model-explorer: one graph for every stage; gives the path.
+
+        `sizes`: as of `show`. Open it with `model-explorer FILE`. Atomic. Raises `MoecError` where it cannot
+        be written.
+        """
+        from moec.view.model_explorer import write_collection
+
+        return write_collection(self, path, **sizes)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: facts, passes, the text."""
+        from moec.view.notebook import notebook_html
+
+        return notebook_html(self)
+
     def save(self, directory: str | Path) -> Path:
         """Write text, manifest and weights; `moec.load` reads them. Atomic; nothing executable is pickled.
 

@@ -6,13 +6,16 @@ from dataclasses import asdict
 
 from moec.commands.compile import show_layers, show_passes
 from moec.commands.programs import program_of
-from moec.commands.screen import show, show_code, show_diff, show_json, show_table
+from moec.commands.screen import on_terminal, show, show_code, show_diff, show_drawn, show_json, show_table
 from moec.errors import PlanError, nearest
 from moec.explain import Explanation, explain
 from moec.ir import Origins
 from moec.plan import Plan
 from moec.plan.shipped import shipped_text
 from moec.program import Program
+from moec.view.filming import NOW, Film, letters_of, timeline_of
+from moec.view.page import require_place
+from moec.view.terminal import step_on_screen
 
 
 def show_program(
@@ -24,25 +27,28 @@ def show_program(
     origins: bool,
     certificates: bool,
     html: str | None,
+    explorer: str | None,
     meta: bool,
     trust: bool,
     as_json: bool,
 ) -> None:
     """`moec show`: the text, the tables that are asked for, or the page."""
+    if html is not None:
+        require_place(html)
     program = program_of(name, plan, verify=None if certificates or html else "off", meta=meta, trust=trust)
     if html is not None:
         path = program.show(html)
         show_json({"html": str(path)}) if as_json else show(f"{path}: open it in a browser")
         return
+    if explorer is not None:
+        path = program.to_model_explorer(explorer)
+        show_json({"model_explorer": str(path)}) if as_json else show(f"{path}: open it with model-explorer")
+        return
     asked = {"ledger": ledger, "origins": origins, "certificates": certificates}
     if as_json:
-        show_json(
-            {
-                key: value
-                for key, value in _plain(program, stage).items()
-                if asked.get(key, not any(asked.values()))
-            }
-        )
+        wanted = [key for key, is_wanted in asked.items() if is_wanted]
+        tables = _tables(program)
+        show_json({key: tables[key] for key in wanted} if wanted else _plain(program, stage) | tables)
         return
     if stage is not None or not any(asked.values()):
         show_code(program.text(stage))
@@ -55,9 +61,16 @@ def show_program(
 
 
 def _plain(program: Program, stage: str | None) -> dict[str, object]:
+    """A program beside its tables, as JSON has it."""
     return {
         "text": program.text(stage),
         "stages": list(dict.fromkeys([*program.stages, *program.texts])),
+        "timeline": timeline_of(program).to_json(),
+    }
+
+
+def _tables(program: Program) -> dict[str, object]:
+    return {
         "ledger": [asdict(entry) for entry in program.ledger],
         "origins": {name: asdict(origin) for name, origin in program.origins.items()},
         "certificates": [certificate.to_json() for certificate in program.certificates],
@@ -86,7 +99,14 @@ def diff_program(
     """`moec diff`: what changed between two stages."""
     program = program_of(name, plan, verify="off", meta=meta, trust=trust)
     text = program.diff(before, after)
-    show_diff(text) if text else show(f"no difference between {before} and {after or program.stage}")
+    if not text:
+        show(f"no difference between {before} and {after or program.stage}")
+    elif not on_terminal() or not {before, after or before} <= program.stages.keys():
+        show_diff(text)
+    else:
+        film = Film(program, letters_of(program, {}))
+        step = film.step(before, NOW if after is None else after)
+        show_drawn(lambda width: step_on_screen(step, film.drawings.drawn, width))
 
 
 def explain_program(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -86,6 +86,17 @@ def show_diff(text: str) -> None:
     for line in text.rstrip("\n").splitlines():
         style = {"+": "green", "-": "red", "@": "cyan", "#": "dim"}.get(line[:1])
         show(line, style=style)
+
+
+def on_terminal() -> bool:
+    """Whether someone looks at standard output, rather than a program that reads it."""
+    return screen().is_terminal
+
+
+def show_drawn(draw: Callable[[int], RenderableType]) -> None:
+    """Print what `draw` makes for a terminal of so many columns."""
+    console = Console(highlight=False)
+    console.print(draw(console.width))
 
 
 def show_next(commands: Mapping[str, Sequence[object]]) -> None:

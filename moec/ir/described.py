@@ -22,9 +22,16 @@ class Described:
     def __init__(self, root: fx.GraphModule) -> None:
         self.letters = symbols(root)
         self.dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+        # Many nodes share one value. It is kept, so that no other gets its identity.
+        self._known: dict[int, tuple[Any, str]] = {}
 
     def of(self, value: Any) -> str:
         """`node.meta["val"]` in words; '' for what is neither a tensor, nor several, nor a size."""
+        if id(value) not in self._known:
+            self._known[id(value)] = value, self._said(value)
+        return self._known[id(value)][1]
+
+    def _said(self, value: Any) -> str:
         if isinstance(value, Tensor):
             shape = f"[{', '.join(map(self._size, value.shape))}]"
             return shape if value.dtype == self.dtype else f"{short_dtype(value.dtype)} {shape}"

@@ -241,9 +241,9 @@ class Program(nn.Module):
         size = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
         unmarked = "tokens: dim 0 over data; weights and other dims without a mark: whole on every rank"
         mesh = [] if self.layout is None else [str(self.layout.mesh), unmarked]
-        return [f"{self.source.name} · {self.stage} · {size}", *self._experts(), *mesh]
+        return [f"{self.source.name} · {self.stage} · {size}", *self.expert_layers(), *mesh]
 
-    def _experts(self) -> list[str]:
+    def expert_layers(self) -> list[str]:
         """`10 × 32 experts, 1 active` for the expert layers of each size."""
         layers = [region_of(module) for module in regions(self.graph, "moe").values()]
         sizes = Counter((r.settings["experts"], r.settings["idle_experts"]) for r in layers if r is not None)

@@ -70,7 +70,7 @@ def kinds_below(root: fx.GraphModule) -> dict[str, dict[fx.Node, Kind]]:
 
 
 class _Printer:
-    """Prints one root, twice: once to learn which words are used, then with variables that avoid them."""
+    """Prints one root: once, and again where a variable has the name of a word that turned out to be used."""
 
     def __init__(self, root: fx.GraphModule) -> None:
         self.root = root
@@ -78,8 +78,9 @@ class _Printer:
         self.kinds = kinds_below(root)
 
     def text(self, title: Sequence[str]) -> str:
-        words = self._functions(set())[1]
-        functions, words = self._functions(words)
+        functions, words = self._functions(set())
+        if any(node.name in words for kinds in self.kinds.values() for node in kinds):
+            functions, words = self._functions(words)
         chunks = [*(f"# {printable(line)}".rstrip() for line in title)]
         parts = ["\n".join(chunks)] if chunks else []
         parts.append(import_lines(words))

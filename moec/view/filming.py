@@ -11,9 +11,10 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, fx
@@ -22,13 +23,16 @@ import moec
 import moec.passes.pipeline
 from moec.cost.symbols import MEANINGS
 from moec.errors import CostError, nearest
-from moec.ir import Certificate, Pass, Program
-from moec.ir.alignment import Alignment, align
+from moec.ir import Certificate, Origin, Pass, Program
+from moec.ir.alignment import align
 from moec.ir.diff import diff_text
 from moec.ir.graphs import named_weights
+from moec.ir.identity import identified
 from moec.ir.stages import STAGES
+from moec.ir.student_diff import student_diff
 from moec.plan import Plan
 from moec.view.drawings import Drawings
+from moec.view.facts import facts_of
 from moec.view.folding import sections_of
 from moec.view.overlays import Overlays
 from moec.view.pairing import Pairing, Union
@@ -37,7 +41,7 @@ from moec.view.stills import Frame
 from moec.view.templates import Known
 from moec.view.timeline import Check, LedgerRow, Section, Step, Timeline
 
-NOW, CAPTURED = "now", "captured"
+NOW, CAPTURED, TEACHER = "now", "captured", "teacher"
 LETTERS = ("B", "S", "n", "m", "L")
 
 
@@ -47,10 +51,14 @@ def timeline_of(program: Program, **sizes: int) -> Timeline:
     `sizes`: numbers for the letters of FLOPs and bytes (`B`, `S`, and `n`, `m`, `L` of a decoder); left out:
     one sequence as long as the model has positions. Raises `CostError` for other letters.
     """
-    return _Film(program, _numbers(program, sizes)).timeline()
+    return Film(program, letters_of(program, sizes)).timeline()
 
 
-def _numbers(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
+def letters_of(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
+    """A number for every letter: what is given, else one sequence as long as the model has positions.
+
+    Raises `CostError` for other letters.
+    """
     for letter, number in sizes.items():
         if letter not in LETTERS:
             known = ", ".join(f"{one} ({MEANINGS[one]})" for one in LETTERS)
@@ -74,15 +82,15 @@ class _Cut:
     certificate: Certificate | None = None
 
 
-class _Film:
+class Film:
+    """The frames of a program, each made once, and the steps between them."""
+
     def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
         self.program, self.sizes = program, sizes
         self.graphs: dict[str, fx.GraphModule] = {**program.stages, NOW: program.graph}
-        self.plan = PlanLines(
-            program.plan if isinstance(program.plan, Plan) else None,
-            program.graph,
-            program.layout is not None,
-        )
+        identified(program.graph, len(program.certificates))  # one that was made by hand has none
+        plan = program.plan if isinstance(program.plan, Plan) else None
+        self.plan = PlanLines(plan, program.graph, program.layout is not None)
         self.drawings = Drawings(Overlays(sizes, program.layout))
         self.fused: dict[str, str] = {}
         self._frames: dict[str, Frame] = {}
@@ -90,12 +98,13 @@ class _Film:
         self._spelled: Known = {}
 
     def timeline(self) -> Timeline:
+        """All of it."""
         program = self.program
         steps = tuple(self._step(cut) for cut in self._cuts())
         ledger = tuple(LedgerRow(**asdict(entry)) for entry in program.ledger)
         notes = (*program.source.notes, *program.ledger.notes)
         return Timeline(
-            program.source.name, program.stage, moec.__version__, self._facts(), dict(self.sizes),
+            program.source.name, program.stage, moec.__version__, facts_of(program), dict(self.sizes),
             self.plan.text, steps, tuple(self.drawings.drawn), ledger, notes, self._sources(), program.text(),
         )  # fmt: skip
 
@@ -103,28 +112,29 @@ class _Film:
 
     def _cuts(self) -> Iterator[_Cut]:
         """Capture, the passes in their order with the stages that they complete, and all of it at once."""
-        first = CAPTURED if CAPTURED in self.graphs else next(iter(self.graphs))
-        yield _Cut("capture" if first == CAPTURED else first, "capture", "", first)
-        before, stage = first, first
-        for certificate, completed in self._passes():
+        known = [name for name in (*self.graphs, *self.program.texts) if name != NOW]
+        if CAPTURED in known:
+            yield _Cut("capture", "capture", "", CAPTURED)
+        before = stage = CAPTURED if CAPTURED in known else TEACHER if TEACHER in known else ""
+        for certificate, completed in self._passes(known):
             name = certificate.rewrite
-            yield _Cut(name, "pass", before, name, certificate)
-            before = name if name in self.graphs else before
+            yield _Cut(name, "pass", before if name in known else "", name, certificate)
+            before = name if name in known else before
             if completed and completed != stage:
-                yield _Cut(f"{stage} → {completed}", "stage", stage, completed)
+                if stage:
+                    yield _Cut(f"{stage} → {completed}", "stage", stage, completed)
                 stage = completed
-        if first != NOW:
-            yield _Cut(f"{first} → now", "stage", first, NOW)
+        first = next((name for name in (CAPTURED, TEACHER) if name in known), "")
+        yield _Cut(f"{first or self.program.stage} → now", "stage", first, NOW)
 
-    def _passes(self) -> Iterator[tuple[Certificate, str]]:
-        """Each pass with the stage that it completed, '' for none."""
-        order = list(dict.fromkeys([*self.graphs, *self.program.texts]))
-        last = {certificate.rewrite: place for place, certificate in enumerate(self.program.certificates)}
-        for place, certificate in enumerate(self.program.certificates):
-            at = order.index(certificate.rewrite) + 1 if certificate.rewrite in order else len(order)
-            follows = order[at] if at < len(order) else ""
-            fits = last[certificate.rewrite] == place and follows in STAGES
-            yield certificate, follows if fits else ""
+    def _passes(self, known: Sequence[str]) -> Iterator[tuple[Certificate, str]]:
+        """Each pass with the stage that it completed, '' for none: the snapshot that follows its own."""
+        certificates = self.program.certificates
+        last = {certificate.rewrite: place for place, certificate in enumerate(certificates)}
+        followers = dict(pairwise(known))
+        for place, certificate in enumerate(certificates):
+            follows = followers.get(certificate.rewrite, "")
+            yield certificate, follows if last[certificate.rewrite] == place and follows in STAGES else ""
 
     # one step
 
@@ -139,21 +149,29 @@ class _Film:
         )  # fmt: skip
 
     def _drawn(self, cut: _Cut) -> tuple[list[Union], tuple[Section, ...]]:
-        """The unions and sections of a step; none where a graph is missing."""
-        if cut.after not in self.graphs or (cut.before and cut.before not in self.graphs):
+        """The unions and sections of a step; none where there is no graph.
+
+        Where there is only the graph after it, it is drawn as it is: nothing is known of what changed.
+        """
+        if cut.after not in self.graphs:
             return [], ()
-        before, after = (self._frame(name) if name else None for name in (cut.before, cut.after))
-        assert after is not None
-        aligned = self._aligned(cut) if before is not None else None
+        after = self.frame(cut.after)
+        if cut.kind == "capture":
+            before, aligned = None, None
+        else:
+            before = self.frame(cut.before) if cut.before in self.graphs else after
+            aligned = align(before.root, after.root)
         if cut.name.startswith("fuse_") and aligned is not None:
             self.fused |= dict.fromkeys(aligned.created, cut.name)
         unions = Pairing(before, after, aligned, self.fused).unions()
         return unions, sections_of(unions, before, after, self.drawings)
 
-    def _aligned(self, cut: _Cut) -> Alignment:
-        return align(self.graphs[cut.before], self.graphs[cut.after])
+    def step(self, before: str, after: str) -> Step:
+        """What changed between two snapshots (`now`: the program as it is), drawn among `drawings`."""
+        return self._step(_Cut(f"{before} → {after}", "stage", before, after))
 
-    def _frame(self, name: str) -> Frame:
+    def frame(self, name: str) -> Frame:
+        """The graph of a snapshot, taken apart."""
         if name not in self._frames:
             graph = self.graphs[name]
             local = self.program.rank is not None and name not in self._whole_stages
@@ -168,20 +186,31 @@ class _Film:
         return frozenset(names[:cut])
 
     def _origin(self, name: str, value: Tensor) -> str:
-        """What a weight comes from: by its name now, or by the name that the same tensor has now."""
-        origins = self.program.origins
-        known = name if name in origins else self._now.get(id(value), "")
-        return origins[known].describe() if known in origins else ""
+        """What a weight comes from: as the program says of it, or else the user's name of the same tensor."""
+        origins, now = self.program.origins, self._names_now.get(id(value), ())
+        if name in now and name in origins:
+            return _described(origins[name])
+        captured = self._names_captured.get(id(value), ())
+        if captured:
+            return f"← {captured[0]}"
+        return next((_described(origins[other]) for other in now if other in origins), "")
 
     @cached_property
-    def _now(self) -> dict[int, str]:
-        return {id(value): name for name, value in named_weights(self.program.graph)}
+    def _names_now(self) -> dict[int, tuple[str, ...]]:
+        return _names(self.program.graph)
+
+    @cached_property
+    def _names_captured(self) -> dict[int, tuple[str, ...]]:
+        return _names(self.graphs[CAPTURED]) if CAPTURED in self.graphs else {}
 
     def _diff(self, cut: _Cut) -> str:
-        if not cut.before or not all(name in self.graphs or name in self.program.texts for name in
-                                     (cut.before, cut.after)):  # fmt: skip
+        known = {*self.graphs, *self.program.texts}
+        if not {cut.before, cut.after} <= known:
             return ""
-        return diff_text(self._text(cut.before), self._text(cut.after), cut.before, cut.after)
+        before, after = self._text(cut.before), self._text(cut.after)
+        if cut.before == TEACHER:
+            return student_diff(before, after, self.program.origins, cut.after)
+        return diff_text(before, after, cut.before, cut.after)
 
     def _text(self, name: str) -> str:
         if name not in self._texts:
@@ -189,19 +218,6 @@ class _Film:
         return self._texts[name]
 
     # what is said of the whole
-
-    def _facts(self) -> dict[str, str]:
-        program = self.program
-        total, active = program.num_parameters(), program.num_parameters(active=True)
-        facts = {"model": program.source.name, "stage": program.stage, "parameters": f"{total:,}"}
-        facts |= {"active parameters": f"{active:,}"} if active != total else {}
-        facts |= {"dtype": str(program.source.dtype).removeprefix("torch.")}
-        facts |= {"vocabulary": f"{program.source.vocabulary:,}"}
-        limit = program.source.max_positions
-        facts |= {"positions": f"{limit:,}"} if limit is not None else {}
-        facts |= {"experts": ", ".join(program._experts())} if program._experts() else {}
-        facts |= {"mesh": str(program.layout.mesh)} if program.layout is not None else {}
-        return facts
 
     def _sources(self) -> dict[str, str]:
         """The user's lines that something drawn was written on, as capture read them."""
@@ -213,6 +229,19 @@ class _Film:
         named |= {box.source for drawing in self.drawings.drawn for box in drawing.regions}
         named |= {entry.source for entry in self.program.ledger}
         return {source: line for source, line in lines.items() if source in named}
+
+
+def _names(root: fx.GraphModule) -> dict[int, tuple[str, ...]]:
+    """The names of each weight; tied ones have several."""
+    found: dict[int, tuple[str, ...]] = {}
+    for name, value in named_weights(root):
+        found[id(value)] = (*found.get(id(value), ()), name)
+    return found
+
+
+def _described(origin: Origin) -> str:
+    """An origin as far as layers that are alike have it in common: not what each is in a teacher."""
+    return replace(origin, teacher="").describe()
 
 
 def _check(certificate: Certificate) -> Check:

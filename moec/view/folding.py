@@ -26,12 +26,14 @@ def _section(place: int, alike: Sequence[Union], twice: bool) -> Section:
     shown = [_shown(union) for union in alike]
     layers = tuple(still.layer for still in shown if still.layer is not None)
     olds = tuple(union.before.layer for union in alike if union.before and union.before.layer is not None)
+    renumbered = len(olds) == len(layers) and olds != layers
     title = f"block{'s' if len(layers) > 1 else ''} {runs(layers)}" if layers else shown[0].title
-    if twice and layers:
-        title += f" · {shown[0].key.partition(' · ')[2].rpartition('.')[0]}"
-    return Section(
-        title, layers, place, alike[0].changed, () if olds == layers or len(olds) != len(layers) else olds
-    )
+    title += f" · {shown[0].key.partition(' · ')[2].rpartition('.')[0]}" if twice and layers else ""
+    if renumbered:
+        title += f", {'were' if len(layers) > 1 else 'was'} {runs(olds)}"
+    elif layers and alike[0].after is None:
+        title += ", left out"
+    return Section(title, layers, place, alike[0].changed, olds if renumbered else ())
 
 
 def _shown(union: Union) -> Still:

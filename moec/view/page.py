@@ -12,14 +12,12 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
-from moec.errors import MoecError
 from moec.view.timeline import Timeline
 from moec.view.vendored import Library, libraries
+from moec.view.whole_file import write_whole
 
 FOLDER = Path(__file__).parent / "page"
 
@@ -60,34 +58,7 @@ def write_page(timeline: Timeline, path: str | Path) -> Path:
 
     Raises `MoecError` where the file cannot be written.
     """
-    path = Path(path)
-    text = page_of(timeline)
-    try:
-        _write_whole(path, text)
-    except OSError as error:
-        raise MoecError(
-            str(path), f"the page cannot be written: {error.strerror}", "a file in a folder that exists"
-        ) from error
-    return path
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Through a draft beside it, so that a reader never sees half of it."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(draft, 0o666 & ~_umask())
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    return write_whole(path, page_of(timeline), "the page")
 
 
 def page_of(timeline: Timeline) -> str:

@@ -41,9 +41,19 @@ class Union:
 
     @property
     def changed(self) -> bool:
-        """Whether a line or a region is not what it was; what crosses the border does not count."""
-        lines = any(pair.status != "kept" for pair in self.line_pairs())
+        """Whether a line or a region is not what it was, or lies elsewhere; what crosses the border does not
+        count."""
+        lines = any(pair.status != "kept" or self._placed_anew(pair) for pair in self.line_pairs())
         return lines or any(status != "kept" for _, _, status in self.boxes)
+
+    def _placed_anew(self, pair: Pair) -> bool:
+        """Whether a line that was kept gives another value now, on other ranks, or of other weights."""
+        assert self.before is not None
+        assert self.after is not None
+        assert pair.before is not None
+        assert pair.after is not None
+        old, new = self.before.entries[pair.before].facts, self.after.entries[pair.after].facts
+        return old.said != new.said
 
     def line_pairs(self) -> list[Pair]:
         """The pairs of lines, without what crosses the border."""

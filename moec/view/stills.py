@@ -39,6 +39,12 @@ class Facts:
     axis: str = ""
     weights: tuple[Weight, ...] = ()
 
+    @property
+    def said(self) -> Hashable:
+        """What the value is, where it lies, and where the weights lie."""
+        weights = tuple((one.shape, one.dtype, one.placement) for one in self.weights)
+        return self.value, self.placement, weights
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -99,13 +105,14 @@ class Frame:
         self.flow = Flow(self.root)
         kinds = kinds_below(self.root)
         self._spelling = {path: TemplateSpelling(kinds[path], self.known) for path in kinds}
-        self._described: dict[int, str] = {}
         keys = _keys(self.flow.lines)
         self._key = {line.node: key for line, key in zip(self.flow.lines, keys, strict=True)}
         self._crossing = self._crossings()
+        self.line_of: dict[fx.Node, Entry] = {}
         for key in dict.fromkeys(keys):
             lines = [line for line in self.flow.lines if self._key[line.node] == key]
             self.stills[key] = self._still(key, lines)
+            self.line_of |= {one.node: one for one in self.stills[key].entries if one.kind == "line"}
 
     def names(self, node: fx.Node) -> str:
         """The variable of a node, as the text calls it."""
@@ -125,11 +132,13 @@ class Frame:
         layer = int(number) if number.isdigit() else None
         own = {line.node for line in lines}
         entering = list(dict.fromkeys(n for line in lines for n in line.reads.nodes if n not in own))
-        entries = [Entry("input", node, Facts("input", self._value(node))) for node in entering]
+        entries = [
+            Entry("input", node, Facts("input", self.values.of(node.meta.get("val")))) for node in entering
+        ]
         places = {node: place for place, node in enumerate([*entering, *(line.node for line in lines)])}
         entries += [self._line(line, layer, places) for line in lines]
         entries += [
-            Entry("output", line.node, Facts("output", self._value(line.node)), reads=(places[line.node],))
+            Entry("output", line.node, self._crossed("output", line.node), reads=(places[line.node],))
             for line in lines
             if line.node in self._crossing
         ]
@@ -138,6 +147,10 @@ class Frame:
         face = (key if layer is None else "", _face(entries, list(regions)), tuple(map(_facts_of, boxes)))
         return Still(key, "" if layer is not None else key, layer, tuple(entries), boxes, face)
 
+    def _crossed(self, operator: str, node: fx.Node) -> Facts:
+        """What is said of a value at the border of a block."""
+        return Facts(operator, self.values.of(node.meta.get("val")))
+
     def _line(self, line: Drawn, layer: int | None, places: dict[fx.Node, int]) -> Entry:
         template = self._spelling[line.region].template(line.node, layer)
         self.words |= template.words
@@ -145,7 +158,7 @@ class Frame:
         sent, axis = exchange_of(node)
         facts = Facts(
             _operator(node),
-            self._value(node),
+            self.values.of(node.meta.get("val")),
             templated(str(node.meta.get("path") or ""), layer),
             str(node.meta.get("source") or ""),
             str(node.meta.get("placement") or ""),
@@ -155,12 +168,6 @@ class Frame:
         )
         reads = tuple(places[read] for read in line.reads.nodes)
         return Entry("line", node, facts, line, template, reads)
-
-    def _value(self, node: fx.Node) -> str:
-        value = node.meta.get("val")
-        if id(value) not in self._described:  # values are shared, and held by their nodes
-            self._described[id(value)] = self.values.of(value)
-        return self._described[id(value)]
 
     def _weight(self, name: str, read: fx.Node, layer: int | None) -> Weight:
         value = attribute(self.root, name)

@@ -14,6 +14,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
+from moec.errors import MoecError
+
 FORMAT = 1
 LAYER = "{layer}"
 
@@ -183,3 +187,16 @@ class Timeline:
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON, with its `format`."""
         return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Timeline:
+        """The timeline that `to_json` wrote. Raises `MoecError` for what is none, or of another format."""
+        told = {key: value for key, value in data.items() if key != "format"}
+        if data.get("format") != FORMAT:
+            raise MoecError("timeline", f"format {data.get('format')!r}", f"format {FORMAT}")
+        try:
+            return TypeAdapter(cls).validate_python(told)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, ("timeline", *first["loc"])))
+            raise MoecError(where, first["msg"], "what to_json() wrote") from None
