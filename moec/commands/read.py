@@ -14,8 +14,8 @@ from moec.plan import Plan
 from moec.plan.shipped import shipped_text
 from moec.program import Program
 from moec.view.filming import NOW, Film, letters_of, timeline_of
-from moec.view.page import require_place
 from moec.view.terminal import step_on_screen
+from moec.view.whole_file import require_place
 
 
 def show_program(
@@ -33,8 +33,9 @@ def show_program(
     as_json: bool,
 ) -> None:
     """`moec show`: the text, the tables that are asked for, or the page."""
-    if html is not None:
-        require_place(html)
+    for written in (html, explorer):
+        if written is not None:
+            require_place(written)
     program = program_of(name, plan, verify=None if certificates or html else "off", meta=meta, trust=trust)
     if html is not None:
         path = program.show(html)

@@ -9,18 +9,27 @@ from pathlib import Path
 from moec.errors import MoecError
 
 
+def require_place(path: str | Path) -> None:
+    """Refuse what a file cannot be written to, before there is anything to write. Raises `MoecError`."""
+    path = Path(path)
+    if path.is_dir():
+        raise MoecError(str(path), "a folder", "the name of a file")
+    if not path.parent.is_dir():
+        raise MoecError(str(path), f"there is no folder {path.parent}", "a file in a folder that exists")
+
+
 def write_whole(path: str | Path, text: str, what: str) -> Path:
     """Write `text` to `path` through a draft beside it, so that a reader never sees half of it.
 
     Gives the path. Raises `MoecError`, which calls the file `what`, where it cannot be written.
     """
     path = Path(path)
+    require_place(path)
     try:
         _write(path, text)
     except OSError as error:
-        raise MoecError(
-            str(path), f"{what} cannot be written: {error.strerror}", "a file in a folder that exists"
-        ) from error
+        found = f"{what} cannot be written: {error.strerror}"
+        raise MoecError(str(path), found, "a file in a folder that can be written to") from error
     return path
 
 
