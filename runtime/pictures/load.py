@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MOST_PANELS = 12  # layers with a panel each
 MOST_COLUMNS = 240  # steps beside each other; more are averaged
 SHADES = (
-    "#0b2a4a", "#1d5a94", "#5e9bcb", "#b4d3e8", "#f7f7f5", "#f7cfa4", "#e38f45", "#ab5410", "#5a2a05",
+    "#12457d", "#2f73b0", "#6fa8d3", "#bcd7ea", "#f7f7f5", "#f7cfa4", "#e6954d", "#b8601a", "#733a0b",
 )  # fmt: skip
 NONE, ABSENT = "#000000", "#e3e3e3"
 
