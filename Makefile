@@ -48,7 +48,7 @@ bench: $(READY)  ## Run the benchmarks and record them in benchmarks/results
 	$(BIN)/python -m benchmarks.ranks
 
 docs: $(READY)  ## Build the documents as static pages: site/index.html (two minutes: their programs are compiled)
-	$(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 vendor: $(READY)  ## Fetch the libraries that the page carries, as moec/view/page/vendor/vendored.json lists them (npm)
 	$(BIN)/python -m moec.view.vendored

@@ -42,6 +42,7 @@ class Screen:
         return printed.getvalue().rstrip()
 
     def _names(self, setup: str) -> dict[str, object]:
+        setup = f"{setup}\n"  # so that one setup begins another with whole lines
         if setup not in self._ready:
             begun = max((known for known in self._ready if setup.startswith(known)), key=len)
             names = dict(self._ready[begun])
