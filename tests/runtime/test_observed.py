@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.plan import Train
 from moec.program import Program
+from moec.runtime.balance import loads_of
 from moec.runtime.batch_loss import BatchLoss
 from moec.runtime.observed import Observed, Observer, entropy_sum
 from moec.runtime.ops.sent import Sent
+from moec.runtime.records import read_records
 from moec.runtime.simulated import run_ranks
 from moec.runtime.step import OptimizerStep
 from moec.runtime.traffic import count_traffic
 from moec.runtime.trainable import Trainable
-from tests.runtime.rank_runs import PYRAMID, compiled, plan, random_batches
-from tests.runtime.tiny import tiny_settings
+from tests.runtime.rank_runs import PYRAMID, compiled, plan, random_batches, train_on
+from tests.runtime.tiny import tiny_settings, tiny_text
 
 BATCH = random_batches(1, 6)[0]
 TWO_PARTS = tiny_settings(batch=6, accumulate=2)
@@ -107,7 +110,9 @@ def test_entropies_are_those_of_the_scores_of_all_parts() -> None:
     assert found.traffic == {}
 
 
-@pytest.mark.parametrize("change", ["fused", "recomputed", "compiled"])
+@pytest.mark.parametrize(
+    "change", ["fused", "recomputed", pytest.param("compiled", marks=pytest.mark.nightly)]
+)
 def test_however_a_program_runs_the_same_is_heard(change: str) -> None:
     needed, _ = observed_step(compiled(plan()))
     program, train = compiled(plan()), TWO_PARTS
@@ -134,8 +139,6 @@ def test_an_observed_step_is_the_same_to_the_bit() -> None:
 
 @pytest.mark.parametrize("factor", [0.5, 4.0])
 def test_what_was_dropped_is_missing_in_the_counts(factor: float) -> None:
-    from moec.runtime.balance import loads_of
-
     moe = {**PYRAMID, "capacity_factor": factor, "min_capacity": 1}
     program = compiled(plan(moe))
     found, loss = observed_step(program)
@@ -174,6 +177,23 @@ def test_on_ranks_it_is_the_whole_job(parallel: dict[str, int]) -> None:
         assert seen == {axis: (sent.messages, sent.bytes) for axis, sent in needed.items() if sent.messages}
         assert found.counts == alone.counts
         assert found.router_entropy == pytest.approx(alone.router_entropy, rel=1e-9)
+
+
+def test_a_run_records_the_whole_job_in_the_steps_it_logs(tmp_path: Path) -> None:
+    data = tiny_text(tmp_path)
+    how = {"steps": 3, "log_every": 2, "eval_every": 0}
+    train_on(1, plan(), data, tmp_path / "one", **how)
+    train_on(2, plan(None, expert=2), data, tmp_path / "two", **how)
+    alone, ranks = (
+        [row for row in read_records(tmp_path / name / "train.jsonl") if row["kind"] == "observed"]
+        for name in ("one", "two")
+    )
+    assert [row["step"] for row in ranks] == [row["step"] for row in alone] == [2, 3]
+    for mine, needed in zip(ranks, alone, strict=True):
+        assert mine["counts"] == needed["counts"]
+        assert mine["router_entropy"] == pytest.approx(needed["router_entropy"], rel=1e-9)
+        assert needed["traffic"] == {}
+        assert mine["traffic"]["expert_2"]["bytes"] > 0
 
 
 def _counted(placed: Program, rank: int) -> tuple[dict[str, Sent], Observed]:
