@@ -54,8 +54,10 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MoecError, match="No such file or directory"):
+    with pytest.raises(MoecError, match="there is no folder"):
         write_page(timeline(), tmp_path / "nowhere" / "out.html")
+    with pytest.raises(MoecError, match="a folder"):
+        write_page(timeline(), tmp_path)
 
 
 def test_the_same_timeline_is_the_same_page() -> None:

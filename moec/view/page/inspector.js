@@ -3,6 +3,7 @@ const inspector = (() => {
   "use strict";
   const room = dom.byId("inspector");
   const { part, code, facts } = details;
+  const { lastOf } = labels;
 
   function draw() {
     const { selected } = state.now;
@@ -15,9 +16,6 @@ const inspector = (() => {
     const told = selected[0] === "n" ? operator(drawing, at) : region(drawing, at);
     return dom.put(room, dom.el("button", close, "×"), told);
   }
-
-  // The side that tells what it is now, and its name: what is removed is told as it was.
-  const lastOf = (it) => (it.after ? "after" : "before");
 
   function operator(drawing, at) {
     const it = drawing.nodes[at];

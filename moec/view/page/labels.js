@@ -10,13 +10,17 @@ const labels = (() => {
   const nodeAt = (key) => state.drawing().nodes[indexOf(key)];
   const regionAt = (key) => state.drawing().regions[indexOf(key)];
   const statusOf = (key) => (isRegion(key) ? regionAt(key) : nodeAt(key)).status;
-  const isEnd = (key, side) => !isRegion(key) && ["input", "output"].includes(nodeAt(key)[side].operator);
+  // The side that tells what it is now: what is gone is told as it was.
+  const lastOf = (it) => (it.after ? "after" : "before");
+  const isEnd = (key, side = isRegion(key) ? null : lastOf(nodeAt(key))) =>
+    !isRegion(key) && ["input", "output"].includes(nodeAt(key)[side].operator);
 
   const named = (text, side) => words.inLayer(text ?? "", state.layer(side));
   const operator = (side) => side.operator.replace(/^aten\./, "");
 
   // [first line, its right end, second line]
-  const linesOf = (key, side) => (isRegion(key) ? ofRegion(key, side) : ofOperator(nodeAt(key), side));
+  const linesOf = (key, side = isRegion(key) ? "after" : lastOf(nodeAt(key))) =>
+    isRegion(key) ? ofRegion(key, side) : ofOperator(nodeAt(key), side);
 
   function ofOperator(node, side) {
     const [what, name] = [operator(node[side]), named(node[side].name, side)];
@@ -71,6 +75,8 @@ const labels = (() => {
     HEIGHT,
     INSET,
     isRegion,
+    lastOf,
+    linesOf,
     isEnd,
     statusOf,
     named,

@@ -4,6 +4,7 @@ const layout = (() => {
   const GAP = { nodesep: 26, ranksep: 30, marginx: 16, marginy: 16 };
   const HEADER = 30; // a region's name, above what stands in it
   const PAD = 12;
+  const WEIGHTS = { kept: 4, created: 2, removed: 1 }; // how straight a wire is: what was kept before what is gone
 
   // { before, after: { boxes: key → {x, y, width, height}, opened: key of a region → box },
   //   pointsOf(from, to), bounds: of everything, changed: boxes of what was not kept }
@@ -67,16 +68,20 @@ const layout = (() => {
       graph.setNode(`c${region}`, {});
       for (const key of members) graph.setParent(slot(key), `c${region}`);
     }
-    for (const side of visible.SIDES) connect(graph, side, seen[side].edges, homes, covered, slot);
+    for (const side of visible.SIDES) connect(graph, seen[side].edges, homes, covered, slot);
+    for (const edge of graph.edges()) if (isSize(edge.v)) graph.edge(edge).weight = 0;
     return graph;
   }
 
+  // A size that enters the block (`S`) is read in many places; it pulls none of them to itself.
+  const isSize = (key) => labels.isEnd(key) && !labels.linesOf(key)[2].includes("[");
+
   // A box that lies over others is entered at the first of them and left at the last.
-  function connect(graph, side, edges, homes, covered, slot) {
+  function connect(graph, edges, homes, covered, slot) {
     const end = (key, last) => slot(covered(key) ? homes.get(Number(key.slice(1))).at(last ? -1 : 0) : key);
-    for (const [from, to] of edges) {
+    for (const [from, to, status] of edges) {
       const [a, b] = [end(from, true), end(to, false)];
-      if (a !== b) graph.setEdge(a, b, { weight: side === "after" ? 2 : 1 });
+      if (a !== b) graph.setEdge(a, b, { weight: WEIGHTS[status] });
     }
   }
 

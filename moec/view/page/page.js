@@ -141,12 +141,15 @@ const page = (() => {
   // A tab that is not seen is drawn when it is.
   function redraw(changed) {
     for (const view of VIEWS) if (view.needs.some((need) => changed.has(need))) stale.add(view);
-    for (const view of VIEWS) {
-      if (!stale.has(view) || (view.tab && view.tab !== state.now.tab)) continue;
-      stale.delete(view);
-      view.draw(changed);
-    }
+    for (const view of VIEWS) if (!view.tab || view.tab === state.now.tab) drawOnce(view, changed);
   }
+
+  function drawOnce(view, changed) {
+    if (stale.delete(view)) view.draw(changed);
+  }
+
+  // For paper, on which all tabs stand.
+  const drawAll = () => VIEWS.forEach((view) => drawOnce(view, new Set(["tab"])));
 
   function drawPicture(changed) {
     const other = changed.has("step") || changed.has("section") || changed.has("tab");
@@ -196,7 +199,7 @@ const page = (() => {
     document.documentElement.dataset.ready = "true";
   }
 
-  return { start, toggleTheme };
+  return { start, drawAll, toggleTheme };
 })();
 
 page.start();

@@ -3,8 +3,7 @@ const printing = (() => {
   "use strict";
 
   function prepare() {
-    texts.drawDifference();
-    ledger.draw();
+    page.drawAll();
     ledger.clear();
     camera.whole(true);
   }

@@ -7,7 +7,7 @@ const sections = (() => {
     dom.put(bar, strip(), dom.el("div", { class: "section-row" }, list(), member(), overlay()));
   }
 
-  // "12 layers: ×10 alike, 2 differ: 3, 7", and a cell for each layer, lettered by its kind.
+  // "12 layers: ×10 alike; 2 differ: 3, 7", and a cell for each layer, lettered by its kind.
   function strip() {
     const layers = timeline.layersOf(state.step());
     if (layers.size < 2) return null;
@@ -39,14 +39,13 @@ const sections = (() => {
 
   function sum(layers, kinds) {
     const all = words.plural(layers.size, "layer");
-    const sizes = kinds.map((at) => state.step().sections[at].layers);
+    const members = kinds.map((at) => state.step().sections[at].layers);
     if (kinds.length === 1) return `${all}, all alike`;
-    const most = Math.max(...sizes.map((each) => each.length));
-    const rare = sizes.filter((each) => each.length < most);
-    const common = sizes.length - rare.length;
-    if (common === 1 && most > 1)
-      return `${all}: ×${most} alike; ${words.exact(rare.flat().length)} differ: ${words.ranges(rare.flat())}`;
-    return `${all} of ${kinds.length} kinds`;
+    const [most, ...rest] = members.sort((a, b) => b.length - a.length);
+    const others = rest.flat();
+    if (most.length > others.length)
+      return `${all}: ×${most.length} alike; ${others.length} differ: ${words.ranges(others)}`;
+    return `${all}: ${kinds.length} kinds, ×${members.map((each) => each.length).join(", ×")}`;
   }
 
   const isListed = (section, at) => section.changed || state.now.unchanged || at === state.now.section;

@@ -6,6 +6,23 @@ const timeline = (() => {
   if (data.format !== FORMAT)
     throw new Error(`a timeline of format ${data.format}, and this page reads ${FORMAT}`);
 
+  // An operator that is kept may lie otherwise on the ranks, or have another shape: it is `marked`.
+  const laid = (side) =>
+    [side.value, side.placement, ...side.weights.map((weight) => weight.placement)].join("\n");
+  for (const node of data.drawings.flatMap((drawing) => drawing.nodes)) {
+    if (node.status === "kept" && node.before && node.after && laid(node.before) !== laid(node.after))
+      node.status = "marked";
+  }
+  for (const step of data.steps) {
+    const marked = step.sections.reduce((sum, section) => sum + countMarked(section), 0);
+    if (marked) step.counts = { ...step.counts, marked, kept: (step.counts.kept ?? 0) - marked };
+  }
+
+  function countMarked(section) {
+    const times = Math.max(1, section.layers.length);
+    return times * data.drawings[section.drawing].nodes.filter((node) => node.status === "marked").length;
+  }
+
   // Names of steps may repeat: the second `drop_noops` is `drop_noops~2` in a link.
   const seen = new Map();
   const ids = data.steps.map((step) => {

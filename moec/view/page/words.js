@@ -1,14 +1,15 @@
 // How numbers, layers and verdicts are spelled.
 const words = (() => {
   "use strict";
-  const STATUSES = ["created", "removed", "moved", "rewired", "kept"];
+  const STATUSES = ["created", "removed", "moved", "rewired", "marked", "kept"];
   // Each has a sign besides its colour and the style of its line.
-  const SIGNS = { created: "+", removed: "−", moved: "→", rewired: "~", kept: "=" };
+  const SIGNS = { created: "+", removed: "−", moved: "→", rewired: "~", marked: "•", kept: "=" };
   const MEANINGS = {
     created: "created: not there before",
     removed: "removed: not there after",
     moved: "moved into another region",
     rewired: "rewired: reads or is told something else",
+    marked: "marked: the same operator, placed or shaped otherwise",
     kept: "kept as it was",
   };
   const VERDICTS = {
