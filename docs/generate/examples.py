@@ -158,7 +158,7 @@ EXAMPLES: dict[str, Example] = {
         FRESH,
         'name = "blocks.0.attention.qkv.weight"\n'
         "for made in (program, fresh):\n"
-        "    print(name, f\"{made.state_dict()[name].flatten()[:4].tolist()}\")\n"
+        "    print([round(number, 4) for number in made.state_dict()[name].flatten()[:6].tolist()])\n"
         "print(fresh.certificates[-1])",
         "text",
         "The text stays; the numbers are new.",
