@@ -9,7 +9,7 @@ from tests.cli.conftest import GPT, run_moec
 
 
 def test_a_page_is_written_and_named(tmp_path: Path) -> None:
-    result = run_moec("show", GPT, "--html", tmp_path / "out.html")
+    result = run_moec("show", GPT, "--html", tmp_path / "out.html", "--meta")
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path / 'out.html'}: open it in a browser\n"
     assert (tmp_path / "out.html").read_text(encoding="utf-8").startswith("<!doctype html>")

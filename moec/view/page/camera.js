@@ -51,10 +51,13 @@ const camera = (() => {
 
   // What was at one place of the picture is at another now, and stays where it is on the screen.
   function follow(was, is) {
+    if (!was || !is) return fit();
     byHand = true;
     go(at);
-    if (was && is) move((was.x - is.x) * at.k, (was.y - is.y) * at.k);
+    return move((was.x - is.x) * at.k, (was.y - is.y) * at.k);
   }
+
+  const stay = () => (byHand ? go(at) : fit());
 
   // All of it where that can be read; else what changed, or its beginning.
   function fitted() {
@@ -122,5 +125,5 @@ const camera = (() => {
     new ResizeObserver(() => (byHand ? otherwise() : fit())).observe(room);
   }
 
-  return { turnTo, follow, fit, scaleBy, bring, whole, watch };
+  return { turnTo, follow, stay, fit, scaleBy, bring, whole, watch };
 })();

@@ -27,11 +27,11 @@ const inspector = (() => {
       details.status(it.status),
       codes(it),
       details.origin(named(it[side].path), it[side].source),
-      details.madeBy(it),
       details.plan([...new Set(regions.flatMap((each) => each.plan))]),
       part("Facts", compared(it, drawing)),
       details.weights(it[side].weights, side),
       details.links("Made from", linksTo(drawing, it.made_from)),
+      details.madeBy(it),
     ];
   }
 
@@ -110,7 +110,6 @@ const inspector = (() => {
       it.signature && part("Takes and gives", code(named(it.signature))),
       it.code && part("In the program", code(named(it.code))),
       details.origin(named(it.path), it.source),
-      details.madeBy(it),
       details.plan(it.plan),
       part(
         "Facts",
@@ -121,6 +120,7 @@ const inspector = (() => {
         ]),
       ),
       Object.keys(it.settings).length > 0 && part("Settings", facts(Object.entries(it.settings))),
+      details.madeBy(it),
       details.links("Operators", linksTo(drawing, members)),
     ];
   }

@@ -33,7 +33,7 @@ const keys = (() => {
     ["↑ ↓", "in a picture or a list: the next one"],
     ["Enter", "on an operator: details; on a region: unfold it"],
     ["Tab", "the other picture, the next control"],
-    ["drag, wheel", "move; with Ctrl the wheel scales"],
+    ["drag wheel", "move; with Ctrl the wheel scales"],
   ];
 
   function all() {

@@ -153,7 +153,7 @@ const page = (() => {
 
   function drawPicture(changed) {
     const other = changed.has("step") || changed.has("section") || changed.has("tab");
-    picture.draw({ keep: !other });
+    picture.draw({ other, unfolded: changed.has("open") });
     dom.put(legend, picture.legend());
   }
 

@@ -5,7 +5,8 @@ const picture = (() => {
   let drawn = null; // { seen, placed, scaled }
   const panes = dom.el("div", { class: "panes" });
 
-  function draw({ keep }) {
+  // `other`: another drawing than before; `unfolded`: the same, with other regions unfolded.
+  function draw({ other, unfolded }) {
     const drawing = state.drawing();
     if (!drawing || !drawing.nodes.length) return empty();
     const before = drawn;
@@ -17,7 +18,8 @@ const picture = (() => {
     panes.classList.toggle("single", shown.length === 1);
     choosing.turnTo(shown);
     camera.turnTo(shown, placed.bounds, placed.changed);
-    return keep && before ? camera.follow(placeOf(before), placeOf(drawn)) : camera.fit();
+    if (other || !before) return camera.fit();
+    return unfolded ? camera.follow(placeOf(before), placeOf(drawn)) : camera.stay();
   }
 
   function empty() {
