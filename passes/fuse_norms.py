@@ -88,7 +88,7 @@ def _fuse(norm: fx.Node) -> None:
     total, _, weights, eps = _parts(norm)
     graph, names = norm.graph, (total.name, norm.name)
     for weight in weights:
-        if weight is not None:
+        if weight is not None and total < weight:  # an earlier norm may read it too
             total.prepend(weight)
     with graph.inserting_before(total):
         both = graph.call_function(JOINED[norm.target], (*total.args[:2], *weights, eps))
