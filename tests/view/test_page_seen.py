@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from playwright.sync_api import Locator, Page, expect
 
@@ -265,3 +266,46 @@ def test_wheel_and_drag_move_both_pictures_and_fit_brings_them_back(open_page: O
         "was => document.querySelector('.view').getAttribute('transform') === was", arg=before[0]
     )
     assert places() == before
+
+
+def test_a_step_of_which_only_the_text_is_left_leads_to_it(open_page: Open) -> None:
+    whole = timeline()
+    texts = [replace(step, sections=(), counts={}) for step in whole.steps[:-1]]
+    page = open_page(replace(whole, steps=(*texts, whole.steps[-1])))
+    assert current(page) == "captured → sparse"
+    page.locator("#steps .step").filter(has_text="lift_experts").click()
+    expect(page.locator("#steps [aria-current]")).to_contain_text("text changed")
+    page.get_by_role("button", name="what it changed").click()
+    expect(page.locator("#text .line.created")).to_be_visible()
+    page.keyboard.press("1")
+    page.keyboard.press("k")
+    expect(page.locator("#picture")).to_contain_text("This step left no graph")
+
+
+def test_what_a_pass_numbered_anew_has_its_old_number_before(open_page: Open) -> None:
+    whole = timeline(4)
+    lifted = whole.steps[2]
+    renumbered = [replace(each, before=(4, 9)) if each.changed else each for each in lifted.sections]
+    steps = (*whole.steps[:2], replace(lifted, sections=tuple(renumbered)), *whole.steps[3:])
+    page = open_page(replace(whole, steps=steps), "#step=lift_experts&section=2&layer=3")
+    expect(region(page, "before", "ffn_9")).to_be_visible()
+    expect(region(page, "after", "moe_3")).to_be_visible()
+
+
+def test_an_operator_placed_otherwise_is_marked(open_page: Open) -> None:
+    whole = timeline()
+    dense = whole.drawings[1]
+    node = dense.nodes[1]
+    assert node.after is not None
+    moved = replace(node, after=replace(node.after, placement="dim 0 over data"))
+    drawing = replace(dense, nodes=(dense.nodes[0], moved, *dense.nodes[2:]))
+    page = open_page(
+        replace(whole, drawings=(whole.drawings[0], drawing, *whole.drawings[2:])),
+        "#step=drop_noops&section=1",
+    )
+    expect(page.locator("#heading .counts")).to_contain_text("4 marked")
+    expect(page.locator("#heading .counts")).to_contain_text("36 kept")
+    expect(item(page, "after", "layer_norm").locator(".sign text")).to_have_text("•")
+    expect(page.locator(".pane")).to_have_count(2)
+    item(page, "after", "layer_norm").click()
+    expect(page.locator("#inspector")).to_contain_text("none → dim 0 over data")

@@ -26,8 +26,20 @@ const picture = (() => {
     drawn = null;
     choosing.turnTo([]);
     camera.turnTo([], NOWHERE, []);
-    const told = "No graph was kept of this step; its text is in the next tab.";
-    dom.put(panes, dom.el("p", { class: "nothing" }, told));
+    dom.put(
+      panes,
+      dom.el("p", { class: "nothing" }, state.step().diff ? textAlone() : "This step left no graph."),
+    );
+  }
+
+  // Saved programs have the texts of their passes, and one graph.
+  function textAlone() {
+    const onclick = () => state.change({ tab: "text" }, { record: true });
+    return [
+      "Of this step only the text was kept: ",
+      dom.el("button", { type: "button", class: "link", onclick }, "what it changed"),
+      ".",
+    ];
   }
 
   // Of the region that was unfolded or folded, which stays under the pointer.
@@ -48,7 +60,8 @@ const picture = (() => {
 
   function pane(side) {
     const title = side === "before" ? state.step().before : state.step().after;
-    const what = drawn.seen.changed ? side : "before and after";
+    const same = drawn.seen.before.items.size ? "before and after" : "as it is";
+    const what = drawn.seen.changed ? side : same;
     const view = dom.svg("g", { class: "view" }, contents(side));
     const told = {
       class: "pane-picture",

@@ -38,7 +38,7 @@ const steps = (() => {
     const step = timeline.data.steps[at];
     const current = at === state.now.step;
     const verdict = words.verdict(step.check);
-    const changes = words.changes(step.counts);
+    const changes = words.changes(step.counts) || (step.diff && "text changed");
     return dom.el(
       "li",
       {},

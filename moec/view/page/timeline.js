@@ -31,8 +31,6 @@ const timeline = (() => {
     return times === 1 ? step.name : `${step.name}~${times}`;
   });
 
-  const changed = (step) => words.STATUSES.some((status) => status !== "kept" && step.counts[status]);
-
   const drawingOf = (section) => data.drawings[section.drawing];
 
   // The picture of a step that is looked at first: one that changed, with most members.
@@ -47,13 +45,15 @@ const timeline = (() => {
     return 0;
   }
 
-  // What one opens the page for: the last stage but the one that sums all up; else the last step that changed.
+  // What one opens the page for: the pass that created most; else the last step of which there is a picture.
   function firstStep() {
-    const fit = (step) => changed(step) && step.kind !== "capture";
-    const passes = data.steps.map((step, at) => [step, at]).filter(([step]) => fit(step));
-    const created = ([step]) => (step.kind === "pass" ? (step.counts.created ?? 0) : -1);
-    const most = passes.reduce((a, b) => (a && created(a) >= created(b) ? a : b), null);
-    return most ? most[1] : 0;
+    const created = (step) => (step.kind === "pass" ? (step.counts.created ?? 0) : 0);
+    const most = Math.max(...data.steps.map(created));
+    if (most > 0) return data.steps.findIndex((step) => created(step) === most);
+    return Math.max(
+      0,
+      data.steps.findLastIndex((step) => step.sections.length > 0),
+    );
   }
 
   // Per region: indices of the nodes that stand in it, on either side.
@@ -84,5 +84,5 @@ const timeline = (() => {
     return new Map([...found].sort(([a], [b]) => a - b));
   }
 
-  return { data, ids, changed, drawingOf, firstSection, firstStep, membersOf, countsOf, layersOf };
+  return { data, ids, drawingOf, firstSection, firstStep, membersOf, countsOf, layersOf };
 })();
