@@ -81,5 +81,7 @@ class CostError(MoecError):
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The valid name that looks most like `name`, quoted, or '' when nothing does."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    names = list(valid)
+    alike = [one for one in names if one.casefold() == name.casefold()]
+    close = alike or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"'{close[0]}'" if close else ""

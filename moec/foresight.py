@@ -14,7 +14,7 @@ from moec.cost.reading.read import read_graph
 from moec.cost.reading.routing import Routing
 from moec.cost.step.phases import TrainingStep, head_of, inference_operations, training_operations
 from moec.decoder import DEFAULT_LENGTH
-from moec.errors import PassError
+from moec.errors import PassError, nearest
 from moec.passes.place_dense import logits_split
 from moec.plan import Train
 from moec.program import Program
@@ -33,7 +33,16 @@ def cost_of(
 ) -> Cost:
     """See `Program.cost`."""
     if phase not in get_args(Phase):
-        raise PassError("program.cost", f"phase {phase!r}", ", ".join(get_args(Phase)))
+        raise PassError(
+            "program.cost",
+            f"phase {phase!r}",
+            ", ".join(get_args(Phase)),
+            nearest(str(phase), get_args(Phase)),
+        )
+    if attention not in (None, *get_args(Attention)):
+        raise PassError("program.cost", f"attention {attention!r}", ", ".join(get_args(Attention)))
+    if program.layout is None and rank:
+        raise PassError("program.cost", f"rank {rank} of a program on 1", "rank 0, or a placed program")
     whole = program
     if program.layout is not None and program.rank is None:
         whole = program.partition(rank)
@@ -45,9 +54,12 @@ def cost_of(
     head, weights = head_of(reading, logits_split(whole)), Weights.of(read, rank)
     mesh, cache = weights.mesh, sympy.Add(*(value.bytes for value in reading.inputs[3:]))
     if not training:
-        return Cost(inference_operations(reading, head), phase, mesh, weights, cache=cache)
+        return Cost(
+            inference_operations(reading, head), phase, mesh, weights, cache=cache, dealt=reading.dealt
+        )
     step = TrainingStep.of(train or (program.plan.train if program.plan is not None else Train()))
-    return Cost(training_operations(reading, head, weights, step), phase, mesh, weights, step)
+    operations = training_operations(reading, head, weights, step)
+    return Cost(operations, phase, mesh, weights, step, dealt=reading.dealt)
 
 
 def graph_of(whole: Program, phase: Phase) -> ir.Program:

@@ -22,7 +22,8 @@ from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import start_processes
 
 from moec.cost.machine.link import Link, Way
-from moec.cost.timing.collectives import DIRECT, PATTERNS, REDUCE, pattern_of
+from moec.cost.machine.pattern import DIRECT, PATTERNS, REDUCE
+from moec.cost.timing.collectives import pattern_of
 from moec.ir.mesh import WORLD, Mesh
 from moec.program import Program
 from moec.runtime.mesh import connected

@@ -9,13 +9,14 @@ cost.table("layer", B=8, S=1024)          # numbers, by layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import sympy
 
+from moec.cost.letters import missing, numbers_of, require_known
 from moec.cost.machine.hardware import Hardware
 from moec.cost.operation import Operation
 from moec.cost.rank.memory import Memory, memory_of
@@ -27,7 +28,7 @@ from moec.cost.shown.lambdified import Numbers, lambdified
 from moec.cost.shown.spelling import latex
 from moec.cost.shown.table import Table
 from moec.cost.step.phases import ONE_PART, TrainingStep
-from moec.cost.symbols import symbol
+from moec.cost.symbols import MEANINGS, symbol
 from moec.cost.timing.numbers import Evaluator
 from moec.cost.timing.time_expression import seconds_expression
 from moec.errors import CostError, nearest
@@ -44,7 +45,8 @@ class Cost:
     `phase`: `training` (a whole step, taken as `step` says), `forward`, or `decode` (one step of the derived
     decoder).
     `axes`: letter of each axis → its ranks in this program. Amounts are expressions in the letters of
-    `moec.cost.symbols`; those of axes are in them until `here` or `at` puts numbers there.
+    `moec.cost.symbols`; those of axes are in them until `number` or `at` puts numbers there, which are of
+    ranks that all of `dealt` (`24/tensor`) can be dealt out to evenly.
     """
 
     operations: tuple[Operation, ...]
@@ -53,6 +55,7 @@ class Cost:
     weights: Weights | None = None
     step: TrainingStep = ONE_PART
     cache: Any = 0
+    dealt: frozenset[sympy.Expr] = frozenset()
 
     @property
     def axes(self) -> dict[sympy.Symbol, int]:
@@ -64,7 +67,8 @@ class Cost:
         """What lies in the memory of this rank; raises `CostError` where nothing is known of the weights."""
         if self.weights is None:
             raise CostError("Cost.memory", "operations alone", "the cost of a program: program.cost()")
-        return memory_of(self.operations, self.weights, self.cache, training=self.phase == "training")
+        training = self.phase == "training"
+        return memory_of(self.operations, self.weights, self.cache, training=training, dealt=self.dealt)
 
     @cached_property
     def traffic(self) -> dict[Kind, Sent]:
@@ -74,10 +78,9 @@ class Cost:
     def counted_traffic(self, **letters: int) -> Traffic:
         """`traffic` in whole numbers, to the byte: what `count_traffic` would count of one step.
 
-        Raises `CostError` for a letter without a number.
+        Raises `CostError` for a letter without a number, and as `given` does.
         """
-        given = self.axes | {symbol(name): number for name, number in letters.items()}
-        return counted_traffic_of(self.operations, self.step.accumulate, given)
+        return counted_traffic_of(self.operations, self.step.accumulate, self.given(letters))
 
     @cached_property
     def forward_flops(self) -> sympy.Expr:
@@ -124,6 +127,17 @@ class Cost:
         """Computes all amounts for given letters; made once."""
         return Evaluator(self.operations)
 
+    def given(
+        self, letters: Mapping[str, Any], others: Collection[str] = ()
+    ) -> dict[sympy.Symbol, sympy.Expr]:
+        """The numbers of `letters` by symbol, and those of axes: as they are here, or as follows from others.
+
+        `others`: further letters that there may be, those of an expression. Raises `CostError` for a letter
+        that is none and for a number that it cannot have, `MeshError` for ranks that do not fit together, or
+        on which the program would be another one (`moec.cost.letters`).
+        """
+        return numbers_of(letters, self.mesh, self.dealt, others)
+
     def times(self, one: Operation) -> int:
         """How often a step runs it: the optimizer once, all else for each of the parts of a batch."""
         return 1 if one.kind == "optimizer" else self.step.accumulate
@@ -147,7 +161,7 @@ class Cost:
     def at(self, amount: Any, **letters: int) -> Any:
         """An amount (a name of `AMOUNTS`, or an expression) with these numbers in it, and axes as here.
 
-        A number where no letter is left. Raises `CostError` for a letter that costs do not use.
+        A number where no letter is left. Raises as `given` does.
         """
         return summary.filler(self, letters)(self.amount(amount))
 
@@ -155,7 +169,7 @@ class Cost:
         """The operations added up by `kind`, `layer`, `region`, `operator`, or what is sent by `axis`.
 
         Without letters the cells are expressions; with some, those and the axes as they are here become
-        numbers. Raises `CostError` for another `by`.
+        numbers. Raises `CostError` for another `by`, and as `given` does.
         """
         return summary.table_of(self, by, letters)
 
@@ -172,10 +186,12 @@ class Cost:
         """An amount (a name of `AMOUNTS`, or an expression) as a function of numpy arrays, for sweeps.
 
         `letters`: its arguments, in order; axes that are not among them are as they are here. Raises
-        `CostError` where another letter of the amount is left.
+        `CostError` where another letter of the amount is left, and for an argument that is no letter.
         """
+        wanted = self.amount(amount)
+        require_known(letters, [*MEANINGS, *self.mesh.axes(), *map(str, wanted.free_symbols)])
         fixed = {letter: count for letter, count in self.axes.items() if str(letter) not in letters}
-        return lambdified(self.amount(amount).xreplace(fixed), letters)
+        return lambdified(wanted.xreplace(fixed), letters)
 
     def seconds_expression(self, hardware: Hardware | None = None) -> sympy.Expr:
         """Seconds of one run by the roofline, operator by operator, nothing overlapping: one expression.
@@ -216,13 +232,16 @@ class Cost:
         return latex(self.amount(amount))
 
     def number(self, amount: Any, **letters: int) -> float:
-        """An amount with numbers for its letters; axes that are not given are as they are here.
+        """An amount (a name of `AMOUNTS`, or an expression) with numbers for its letters; axes that are not
+        given are as they are here, or follow from those that are.
 
-        Raises `KeyError`, naming the letter, where one is missing.
+        Raises `CostError`, naming the letter, where one is missing, and as `given` does.
         """
-        given: Mapping[sympy.Symbol, Any] = self.axes | {symbol(name): n for name, n in letters.items()}
+        wanted = self.amount(amount)
+        standing = {str(letter): letter for letter in wanted.free_symbols}
+        given = {standing.get(str(letter), letter): n for letter, n in self.given(letters, standing).items()}
         # All at once: a largest amount of which some letters are known is compared wrongly by sympy.
-        found = sympy.sympify(amount).xreplace({letter: sympy.sympify(n) for letter, n in given.items()})
+        found = wanted.xreplace(given)
         if found.free_symbols:
-            raise KeyError(", ".join(sorted(map(str, found.free_symbols))))
+            raise missing(min(map(str, found.free_symbols)))
         return int(found) if found.is_Integer else float(found)

@@ -47,6 +47,14 @@ def rate(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, positive=True)
 
 
+def is_letter(name: str) -> bool:
+    """Whether costs use this letter."""
+    try:
+        return bool(meaning(name))
+    except KeyError:
+        return False
+
+
 def meaning(name: str) -> str:
     """What a letter stands for, with its unit; raises `KeyError` for one that costs do not use."""
     if name in MEANINGS or name in RATES:

@@ -133,6 +133,7 @@ _TYPES = {
     "string_type": "text in quotes",
     "tuple_type": "a list",
     "model_type": "a table",
+    "dict_type": "a table",
     "finite_number": "a finite number",
 }
 _BOUNDS = {

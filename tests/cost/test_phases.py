@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moec.cost import Cost
 from moec.cost.reading.flop_formulas import flop_formulas
+from moec.errors import PassError
 from moec.runtime.recompute import recomputing
 from tests.cost.whole_steps import LENGTH, VOCABULARY, compiled, settings_of
 
@@ -32,6 +35,14 @@ def test_flops_of_a_step_are_those_that_torch_counts(recompute: bool) -> None:
     program.zero_grad()
     cost = program.cost(train=settings_of(recompute=recompute))
     assert cost.number(cost.flops, B=3, S=LENGTH) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"phase": "trainin"}, {"attention": "flsh"}, {"rank": 3}], ids=lambda asked: next(iter(asked))
+)
+def test_what_there_is_no_cost_of(asked: dict[str, Any]) -> None:
+    with pytest.raises(PassError, match=str(next(iter(asked.values())))):
+        compiled({}).cost(**asked)
 
 
 def test_parts_of_a_batch_multiply_all_but_the_optimizer() -> None:

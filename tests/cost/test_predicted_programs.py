@@ -11,7 +11,7 @@ from moec.cost.reading.routing import Routing
 from moec.program import Program
 from tests.cost.whole_steps import compiled
 
-MOE = {"experts": 4, "top_k": 1, "layers": "-1:", "residual": "learned"}
+MOE = {"experts": 16, "top_k": 1, "layers": "-1:", "residual": "learned"}
 LETTERS: dict[str, dict[str, int]] = {
     "training": {"B": 2, "S": 8},
     "forward": {"B": 2, "S": 8},

@@ -54,7 +54,9 @@ class Device(Section):
     @field_validator("tiles", mode="before")
     @classmethod
     def _listed(cls, given: Any) -> Any:
-        return tuple(tuple(tile) for tile in given) if isinstance(given, list) else given
+        if not isinstance(given, list):
+            return given
+        return tuple(tuple(tile) if isinstance(tile, list) else tile for tile in given)
 
     @field_validator("peak")
     @classmethod

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from moec.plan.section import Section
-
-Algorithm = Literal["ring", "tree", "direct"]
+from moec.cost.machine.pattern import ALGORITHMS, PATTERNS, Algorithm
+from moec.errors import nearest
+from moec.plan.section import Section, complaint
 
 
 class Link(Section):
@@ -40,6 +40,17 @@ class Way(Section):
     @classmethod
     def _listed(cls, given: Any) -> Any:
         return tuple(given) if isinstance(given, list) else given
+
+    @model_validator(mode="after")
+    def _can_go_so(self) -> Way:
+        """A way of a collective that nobody sends, or that cannot go so, would never be taken."""
+        able = [name for name, pattern in PATTERNS.items() if self.algorithm in ALGORITHMS[pattern]]
+        for name in self.operators:
+            if name not in able:
+                told = f"'{name}', which does not go by {self.algorithm}" if name in PATTERNS else f"'{name}'"
+                needed = f"collectives that do: {', '.join(able)}"
+                raise complaint(told, needed, nearest(name, able), ("operators",))
+        return self
 
 
 def plain_ways(inside: Link, between: Link | None) -> tuple[Way, ...]:

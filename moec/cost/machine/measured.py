@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from moec.errors import nearest
 from moec.plan.section import Section, complaint
 from moec.runtime.ops.work import Work
 
@@ -41,7 +42,10 @@ GRIDS = {
 }
 """Operator → the grid of the library that multiplies for it."""
 
+PRODUCTS = tuple(f"{library}{of}" for library in ("torch", "moec") for of in ("", " backward"))
 ATTENTION = "aten::scaled_dot_product_attention"
+ATTENTIONS = ("forward", "backward", "one query")
+"""The grids that there are; of a file that was cut off some would be missing when a program asks for them."""
 
 
 class Line(Section):
@@ -134,6 +138,11 @@ class Measured(Section):
             raise complaint(
                 f"version {self.version}", f"version {VERSION}", "moec calibrate, again", ("version",)
             )
+        _require_names("products", self.products, PRODUCTS)
+        _require_names("attention", self.attention, ATTENTIONS)
+        for name, lines in self.operators.items():
+            _require_directions(lines, "operators", name)
+        _require_directions(self.between, "between")
         return self
 
     def knows(self, operator: str, direction: Direction) -> bool:
@@ -262,6 +271,21 @@ def _mixed(
 def _require_ascending(name: str, sizes: Sequence[float]) -> None:
     if any(later <= former for former, later in itertools.pairwise(sizes)) or sizes[0] < 0:
         raise complaint(f"{sizes}", "sizes that grow", "moec calibrate, again", (name,))
+
+
+def _require_names(table: str, found: Collection[str], names: Sequence[str]) -> None:
+    wrong = sorted({*names} ^ {*found})
+    if wrong:
+        told = f"no '{wrong[0]}'" if wrong[0] in names else f"unknown key '{wrong[0]}'"
+        raise complaint(told, f"the tables {', '.join(names)}", "moec calibrate, again", (table,))
+
+
+def _require_directions(found: Collection[str], *at: str) -> None:
+    known = get_args(Direction)
+    for direction in found:
+        if direction not in known:
+            needed = f"one of {', '.join(known)}"
+            raise complaint(f"unknown key '{direction}'", needed, nearest(direction, known), at)
 
 
 def _require_times(name: str, times: Sequence[Any], count: int) -> None:

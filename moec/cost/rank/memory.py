@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import sympy
 
+from moec.cost.letters import missing, numbers_of
 from moec.cost.operation import Operation
 from moec.cost.rank.weights import Weights
 from moec.cost.shown.table import Column, Table
-from moec.cost.symbols import symbol
-from moec.errors import CostError
+from moec.ir.mesh import Mesh
 from moec.runtime.ops.work import Amount
 
+_NO_PART = ("mesh", "dealt")
 _STEP_COUNT = 4  # AdamW counts the steps of every tensor in a float32
 
 
@@ -35,7 +36,7 @@ class Memory:
     with room for L positions of B rows; `activations`: what is kept for backward, or the most that is alive
     at once; `working`: the largest results of one operator beside what is kept; `communication`: flat copies
     of gradients on their way, after backward, when activations are gone.
-    `axes`: the ranks of each axis here, which `numbers` puts in.
+    `mesh`: the ranks of each axis here, which `numbers` puts in; `dealt`: as of `Cost`.
     """
 
     parameters: Amount = sympy.S.Zero
@@ -46,12 +47,13 @@ class Memory:
     activations: Amount = sympy.S.Zero
     working: Amount = sympy.S.Zero
     communication: Amount = sympy.S.Zero
-    axes: Mapping[sympy.Symbol, int] | None = None
+    mesh: Mesh = field(default=Mesh())
+    dealt: frozenset[sympy.Expr] = frozenset()
 
     @property
     def parts(self) -> dict[str, Amount]:
         """All of it by name, what there is none of left out."""
-        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "axes"}
+        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _NO_PART}
         return {name: amount for name, amount in named.items() if amount != 0}
 
     @property
@@ -61,11 +63,11 @@ class Memory:
         return lasting + _max(self.activations + self.working, self.communication)
 
     def numbers(self, **letters: int) -> dict[str, int]:
-        """`parts` and `total` as bytes, rounded up; axes that are not given are as they are here.
+        """`parts` and `total` as bytes, rounded up; axes that are not given are as they are here, or follow.
 
-        Raises `CostError` for a letter without a number.
+        Raises `CostError` for a letter without a number, and as `Cost.given` does.
         """
-        given = {**(self.axes or {}), **{symbol(name): number for name, number in letters.items()}}
+        given = numbers_of(letters, self.mesh, self.dealt)
         return {name: _number(amount, given) for name, amount in {**self.parts, "total": self.total}.items()}
 
     def fits(self, limit: float, **letters: int) -> bool:
@@ -83,14 +85,20 @@ class Memory:
         return str(self.table())
 
 
-def memory_of(operations: Sequence[Operation], weights: Weights, cache: Amount, *, training: bool) -> Memory:
+def memory_of(
+    operations: Sequence[Operation],
+    weights: Weights,
+    cache: Amount,
+    *,
+    training: bool,
+    dealt: frozenset[sympy.Expr] = frozenset(),
+) -> Memory:
     """The memory of a rank that runs `operations` and holds `weights`."""
-    buffers = sympy.Add(*(buffer.bytes for buffer in weights.buffers))
-    axes = {symbol(axis): ranks for axis, ranks in weights.mesh.axes().items()}
+    buffers, mesh = sympy.Add(*(buffer.bytes for buffer in weights.buffers)), weights.mesh
     if not training:
         parameters = sympy.Add(*(weight.bytes for weight in weights.parameters))
         alive = largest(_alive(operations))
-        return Memory(parameters, buffers=buffers, cache=cache, activations=alive, axes=axes)
+        return Memory(parameters, buffers=buffers, cache=cache, activations=alive, mesh=mesh, dealt=dealt)
     groups = weights.groups
     frozen = sympy.Add(*(weight.bytes for weight in weights.parameters if weight.group is None))
     updated = sum(group.updated for group in groups)
@@ -104,7 +112,8 @@ def memory_of(operations: Sequence[Operation], weights: Weights, cache: Amount, 
         activations=sympy.Add(*(one.saved for one in computed)) + largest(_again(computed)),
         working=largest(amount for one in computed for amount in (one.forward.written, one.backward.written)),
         communication=sympy.Add(*(group.flat + group.stretch for group in groups if group.is_dealt)),
-        axes=axes,
+        mesh=mesh,
+        dealt=dealt,
     )
 
 
@@ -158,9 +167,8 @@ def _again(operations: Sequence[Operation]) -> list[Amount]:
     return [sympy.Add(*amounts) for amounts in by_region.values()]
 
 
-def _number(amount: Amount, given: Mapping[sympy.Symbol, int]) -> int:
-    found = sympy.sympify(amount).xreplace({letter: sympy.Integer(n) for letter, n in given.items()})
-    missing = sorted(map(str, found.free_symbols))
-    if missing:
-        raise CostError("memory", f"no number for {', '.join(missing)}", "one for each letter")
+def _number(amount: Amount, given: Mapping[sympy.Symbol, sympy.Expr]) -> int:
+    found = sympy.sympify(amount).xreplace(dict(given))
+    if found.free_symbols:
+        raise missing(min(map(str, found.free_symbols)))
     return int(sympy.ceiling(found))

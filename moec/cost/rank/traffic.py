@@ -7,8 +7,8 @@ from typing import Any
 
 import sympy
 
+from moec.cost.letters import missing
 from moec.cost.operation import Operation, Sending
-from moec.errors import CostError
 from moec.runtime.ops.sent import BACKWARD, FORWARD, Kind, Sent, Traffic
 from moec.runtime.ops.work import Amount
 
@@ -28,7 +28,7 @@ def traffic_of(operations: Sequence[Operation], parts: int) -> dict[Kind, Sent]:
 
 
 def counted_traffic_of(
-    operations: Sequence[Operation], parts: int, given: Mapping[sympy.Symbol, int]
+    operations: Sequence[Operation], parts: int, given: Mapping[sympy.Symbol, sympy.Expr]
 ) -> Traffic:
     """The same in whole numbers, as `moec.runtime.traffic.count_traffic` counts: each call is rounded for
     itself. Raises `CostError` for a letter that has no number."""
@@ -52,14 +52,14 @@ def _sendings(operations: Sequence[Operation], parts: int) -> Iterator[tuple[Kin
 class _Numbers:
     """Whole numbers for expressions; each distinct one is computed once."""
 
-    def __init__(self, given: Mapping[sympy.Symbol, int]) -> None:
+    def __init__(self, given: Mapping[sympy.Symbol, sympy.Expr]) -> None:
         self._given, self._known = dict(given), dict[Any, int]()
 
     def __call__(self, amount: Amount) -> int:
         if amount not in self._known:
-            found = sympy.sympify(amount).subs(self._given)
+            # All at once: sympy compares a maximum wrongly of which some letters are known.
+            found = sympy.sympify(amount).xreplace(self._given)
             if found.free_symbols:
-                missing = ", ".join(sorted(map(str, found.free_symbols)))
-                raise CostError("traffic", f"no number for {missing}", "one for each letter")
+                raise missing(min(map(str, found.free_symbols)))
             self._known[amount] = int(sympy.floor(found))
         return self._known[amount]

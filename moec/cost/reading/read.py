@@ -43,11 +43,12 @@ from moec.runtime.ops.work import NOTHING, Price, Work
 @dataclass(frozen=True)
 class Reading:
     """What one walk over a graph gives: its operations, and what is known of its inputs and of its results,
-    nested as they are."""
+    nested as they are. `dealt`: sizes that are a number dealt out to ranks (`24/tensor`)."""
 
     operations: tuple[Operation, ...]
     inputs: tuple[Value, ...]
     results: Any
+    dealt: frozenset[sympy.Expr] = frozenset()
 
 
 def read_operations(
@@ -88,7 +89,7 @@ def read_graph(
     operations = tuple(walk.operations)
     if training:
         operations = walk.gradients.settled(operations, values_of(results))
-    return Reading(operations, tuple(walk.inputs), results)
+    return Reading(operations, tuple(walk.inputs), results, frozenset(walk.sizes.dealt))
 
 
 class _Walk:
@@ -139,7 +140,7 @@ class _Walk:
         if not isinstance(held, Tensor):
             return self.training if node.target == "training" else held
         name = f"{region}.{node.target}" if region else str(node.target)
-        sizes = self._weight_sizes(name, held, even=bool(region))
+        sizes = self.sizes.noted(self._weight_sizes(name, held, even=bool(region)))
         return Value(sizes, held.dtype, held.requires_grad and self.training, name)
 
     def _weight_sizes(self, name: str, held: Tensor, even: bool) -> Sizes:
@@ -150,7 +151,7 @@ class _Walk:
 
     def _value(self, meta: Any, node: fx.Node, operands: Sequence[Value]) -> Any:
         if isinstance(meta, Tensor):
-            sizes = self.sizes.value(meta.shape, node, operands)
+            sizes = self.sizes.noted(self.sizes.value(meta.shape, node, operands))
             return Value(sizes, meta.dtype)
         if isinstance(meta, list | tuple):
             return [self._value(item, node, operands) for item in meta]

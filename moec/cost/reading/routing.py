@@ -18,6 +18,8 @@ a mean of M rows about 0.4 · sqrt(M) where capacity is just M.
 
 from __future__ import annotations
 
+import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,7 +105,9 @@ class Zipf(Expected):
     exponent: float
 
     def shares(self, experts: int, top_k: int) -> tuple[float, ...]:
-        return cut_off([(e + 1) ** -self.exponent for e in range(experts)], 1 / top_k)
+        # A high power is 0 in float64, and what is cut off of the first experts still goes to the others.
+        least = sys.float_info.min
+        return cut_off([max((e + 1) ** -self.exponent, least) for e in range(experts)], 1 / top_k)
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,12 @@ def fullest(shares: Sequence[float], ranks: int) -> tuple[float, ...]:
 
 
 def _shares(given: tuple[float, ...]) -> tuple[float, ...]:
-    if not given or min(given) < 0 or sum(given) <= 0:
+    if not all(0 <= share < math.inf for share in given) or sum(given) <= 0:
         raise CostError("Routing.skewed", f"shares {list(given)}", "shares of the experts, none below 0")
     return tuple(share / sum(given) for share in given)
 
 
 def _least(name: str, value: float, least: float) -> float:
-    if value < least:
-        raise CostError("Routing.skewed", f"{name} = {value}", f"at least {least}")
+    if not least <= value < math.inf:
+        raise CostError("Routing.skewed", f"{name} = {value}", f"a number, at least {least}")
     return value

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import sympy
 
+from moec.cost.letters import checked
 from moec.cost.shown.lambdified import lambdified
 from moec.cost.shown.spelling import formula, latex, short
+from moec.cost.symbols import is_letter
 from moec.errors import CostError, nearest
 
 EVERY = 1_000_000  # so many whole numbers are all tried
@@ -137,7 +139,8 @@ def crossover(
 
     `names` and `said`: in which words the outcome is told of the one that is less.
     `given`: numbers for all other letters. A letter that counts something (`symbol`) takes whole numbers.
-    Raises `CostError` for a letter that stands in neither, one without a number, or an empty range.
+    Raises `CostError` for a letter that stands in neither, one without a number, one that is none, or an
+    empty range.
     """
     sides = sympy.sympify(first), sympy.sympify(second)
     letters = {str(one): one for side in sides for one in side.free_symbols}
@@ -171,12 +174,15 @@ def _require(
     if letter not in letters:
         needed = f"a letter of the two: {', '.join(sorted(letters)) or 'they have none'}"
         raise CostError("crossover", f"letter {letter!r}", needed, nearest(letter, letters))
+    checked(given, filter(is_letter, given), letters)
     missing = sorted(letters.keys() - given.keys() - {letter})
     if missing:
         raise CostError("crossover", f"no number for {', '.join(missing)}", f"{missing[0]}=…")
     tried = f"{letter} from {over[0]} to {over[1]}"
-    if not 0 < over[0] < over[1]:
+    if not 0 < over[0] < over[1] < math.inf:
         raise CostError("crossover", tried, "a range of positive numbers")
+    if letters[letter].is_integer and math.ceil(over[0]) >= math.floor(over[1]):
+        raise CostError("crossover", tried, "two whole numbers or more")
     if letters[letter].is_integer and over[1] - over[0] > EVERY:
         raise CostError("crossover", tried, f"at most {EVERY:,} numbers to try")
 

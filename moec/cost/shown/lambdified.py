@@ -20,11 +20,14 @@ def lambdified(amount: Any, letters: Sequence[str]) -> Callable[..., Numbers]:
     """`amount` as a function of `letters`, in this order: numbers or arrays in, float64 out, broadcast.
 
     Computed in float64: whole numbers are exact up to 2^53. Raises `CostError` where a letter of the amount
-    is not among `letters`.
+    is not among `letters`, and where one of these is there twice.
     """
     expr = sympy.sympify(amount)
     standing = {str(letter): letter for letter in expr.free_symbols}
     given = [standing.get(name, symbol(name)) for name in letters]
+    twice = next((name for place, name in enumerate(letters) if name in letters[:place]), None)
+    if twice is not None:
+        raise CostError("lambdify", f"letter {twice!r} twice", "each letter once")
     missing = sorted(standing.keys() - set(letters))
     if missing:
         needed = f"a number, or a place among the letters, for {', '.join(missing)}"

@@ -12,7 +12,7 @@ import sympy
 from moec.cost.operation import KINDS, Operation, Sending
 from moec.cost.shown.spelling import expanded
 from moec.cost.shown.table import Column, Table
-from moec.cost.symbols import MEANINGS, meaning, symbol
+from moec.cost.symbols import meaning
 from moec.errors import CostError, nearest
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def _of_axes(cost: Cost, letters: Letters) -> Table:
         for direction, sends in (("forward", one.sends), ("backward", one.sends_back)):
             for each in sends:
                 sent.setdefault((each.axis, direction, each.operator), []).extend([each] * cost.times(one))
-    fill, ranks = filler(cost, letters), cost.mesh.axes()
+    fill = filler(cost, letters)
+    ranks = {str(letter): int(number) for letter, number in cost.given(letters).items()}
     rows = tuple(
         (axis, ranks[axis], direction, operator, sum(one.calls for one in sends), *_totals(sends, fill))
         for (axis, direction, operator), sends in sent.items()
@@ -124,11 +125,7 @@ def filler(cost: Cost, letters: Letters) -> Callable[[Any], Any]:
     """Puts numbers in, those of axes too; where none are given, axes stay letters."""
     if not letters:
         return lambda amount: amount
-    known = [*MEANINGS, *map(str, cost.axes)]
-    for name in letters:
-        if name not in known:
-            raise CostError("Cost", f"a letter {name!r}", f"one of {', '.join(known)}", nearest(name, known))
-    given = {**cost.axes, **{symbol(name): sympy.Integer(number) for name, number in letters.items()}}
+    given = cost.given(letters)
     return lambda amount: _number(sympy.sympify(amount).xreplace(given))
 
 

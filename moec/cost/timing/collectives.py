@@ -24,39 +24,10 @@ from typing import Any
 import sympy
 
 from moec.cost.machine.hardware import Hardware
-from moec.cost.machine.link import Algorithm, Way, plain_ways
+from moec.cost.machine.link import Way, plain_ways
+from moec.cost.machine.pattern import ALGORITHMS, PATTERNS, REDUCE
 from moec.cost.timing.arranged import Spread
 from moec.errors import CostError, nearest
-
-REDUCE, GATHER, DIRECT = "reduce", "gather", "direct"
-
-PATTERNS = {
-    "all_reduce": REDUCE,
-    "moec.cross_entropy_part_totals": REDUCE,
-    "moec.cross_entropy_part_back": REDUCE,
-    "moec.divergence_totals": REDUCE,
-    "moec.divergence_back": REDUCE,
-    "moec.divergence_top_totals": REDUCE,
-    "moec.divergence_top_back": REDUCE,
-    "all_gather_into_tensor": GATHER,
-    "reduce_scatter_tensor": GATHER,
-    "broadcast": GATHER,
-    "moec.unshare": GATHER,
-    "moec.sum_share": GATHER,
-    "moec.gather_vocabulary": GATHER,
-    "moec.sum_vocabulary": GATHER,
-    "all_to_all_single": DIRECT,
-    "moec.exchange": DIRECT,
-    "moec.gather_rows": DIRECT,
-    "moec.scatter_rows": DIRECT,
-}
-"""Collective, as traffic names it → who sends to whom."""
-
-_ALGORITHMS: dict[str, tuple[Algorithm, ...]] = {
-    REDUCE: ("ring", "tree"),
-    GATHER: ("ring",),
-    DIRECT: ("direct",),
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +51,7 @@ def pattern_of(operator: str) -> str:
 
 def ways_of(hardware: Hardware, operator: str) -> list[Way]:
     """How `operator` can go on this hardware: those that name it, else all of a fitting algorithm."""
-    fitting = _ALGORITHMS[pattern_of(operator)]
+    fitting = ALGORITHMS[pattern_of(operator)]
     known = hardware.ways or plain_ways(hardware.inside, hardware.between)
     own = [way for way in known if operator in way.operators]
     found = own or [way for way in known if way.algorithm in fitting and not way.operators]

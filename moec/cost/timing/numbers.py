@@ -21,8 +21,8 @@ import numpy as np
 import sympy
 from sympy.functions.elementary.piecewise import ExprCondPair
 
+from moec.cost.letters import missing
 from moec.cost.operation import Operation, Sending
-from moec.cost.symbols import MEANINGS, meaning
 from moec.errors import CostError
 from moec.runtime.ops.work import Product, Work
 
@@ -129,7 +129,7 @@ class _Tape:
         values: list[Any] = list(self._start)
         for letter, place in self.letters.items():
             if letter not in letters:
-                raise _missing(letter)
+                raise missing(letter)
             values[place] = letters[letter]
         for compute, operands, place in self._code:
             values[place] = compute([values[one] for one in operands])
@@ -203,11 +203,3 @@ def _other(function: Any) -> Callable[[Sequence[Any]], Any]:
         return sympy.lambdify(names, function(*names), "numpy")(*values)
 
     return compute
-
-
-def _missing(letter: str) -> CostError:
-    try:
-        described = meaning(letter)
-    except KeyError:
-        described = f"known are {', '.join(MEANINGS)} and axes"
-    return CostError("cost", f"no number for {letter}", f"{letter} = … ({described})")

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from moec.cost.cost import Cost
+from moec.cost.letters import checked
 from moec.cost.machine.hardware import Hardware
 from moec.cost.operation import Operation
 from moec.cost.timing.arranged import arranged
@@ -31,11 +32,13 @@ def predict(cost: Cost, hardware: Hardware, *, captured: bool = False, **letters
     `captured`: the program was recorded once and is started as a whole (a CUDA graph), so that the host
     starts no operator by itself; of a program whose exchanges have sizes that are data, which a host reads,
     it is what is left to gain. Axes that are not given are as `cost` was read, or follow from those that
-    are. Raises `CostError` for a letter without a number, `MeshError` for a mesh that does not fit together
-    or has more ranks than `hardware` devices, `PlanError` for a dtype that the device has no peak for.
+    are. Raises `CostError` for a letter without a number or one that is none, `MeshError` for a mesh that
+    does not fit together, on which the program would be another one, or that has more ranks than `hardware`
+    devices, `PlanError` for a dtype that the device has no peak for.
     """
-    mesh = arranged(cost.mesh, letters)
+    mesh = arranged(cost.mesh, checked(letters, cost.mesh.axes()))
     hardware.require_world(mesh.mesh.world)
+    cost.given(letters)  # raises for ranks on which the program would be another one
     training = cost.phase == "training"
     prices = Prices(cost.evaluator, hardware, mesh, letters, training=training, captured=captured)
     plan = _Plan(cost, prices.times)

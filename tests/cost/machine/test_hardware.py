@@ -87,6 +87,7 @@ def test_what_is_wrong_is_told_with_its_line(
         ("inside = 0.47e-6", "insde = 0.47e-6", "ways[0].insde", "inside"),
         ("[[256, 128],", "[[256],", "device.tiles[0][1]", ""),
         ("[[256, 128],", "[[256, 0],", "device.tiles[0][1]", ""),
+        ("[[256, 128],", "[256,", "device.tiles[0]", ""),
         ("memory = 40e9", 'memory = "40GB"', "device.memory", ""),
         ("units = 108", "units = 108.5", "device.units", ""),
         ("product_share = 0.85", "product_share = 85", "device.product_share", ""),
@@ -97,6 +98,23 @@ def test_lists_and_shares_are_checked_too(old: str, new: str, where: str, neares
     assert old in text
     error = refused(text.replace(old, new, 1))
     assert f": {where}" in error.where
+    assert nearest in error.nearest
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "operator", "found", "nearest"),
+    [
+        ("direct", "moec.exchnge", "'moec.exchnge'", "'moec.exchange'"),
+        ("tree", "moec.exchange", "does not go by tree", ""),
+        ("ring", "all_to_all_single", "does not go by ring", ""),
+    ],
+)
+def test_a_way_that_no_collective_would_take(algorithm: str, operator: str, found: str, nearest: str) -> None:
+    """It would never be taken, and times would be told as if it were not there."""
+    way = f'[[ways]]\nname = "ours"\nalgorithm = "{algorithm}"\ninside = 0.0\noperators = ["{operator}"]\n'
+    error = refused(TEXT + way)
+    assert "ways[0].operators" in error.where
+    assert found in error.found
     assert nearest in error.nearest
 
 
@@ -123,6 +141,8 @@ def test_every_number_of_a_shipped_file_has_a_comment_near_it() -> None:
 def test_a_name_that_is_not_there_tells_the_nearest() -> None:
     with pytest.raises(PlanError, match="nearest 'a100'"):
         Hardware.shipped("a10x8")
+    with pytest.raises(PlanError, match="nearest 'h100'"):
+        Hardware.shipped("H100x16")
     with pytest.raises(PlanError, match="no such file"):
         Hardware.named("nowhere/a100.toml")
 

@@ -182,6 +182,25 @@ def test_files_that_are_old_or_damaged_are_refused(changed: dict[str, Any], foun
     assert "moec calibrate" in error.value.nearest
 
 
+@pytest.mark.parametrize("table", ["products", "attention"])
+def test_what_a_program_would_ask_for_in_vain_is_missed_at_once(table: str) -> None:
+    """Of a file that was cut off, which still is TOML."""
+    whole = getattr(measured(), table)
+    *kept, last = whole
+    with pytest.raises(PlanError) as error:
+        measured(**{table: {name: whole[name] for name in kept}})
+    assert error.value.found == f"no '{last}'"
+    assert "moec calibrate" in error.value.nearest
+
+
+def test_directions_are_known() -> None:
+    line = Line(bytes=[0.0], seconds=[1e-6])
+    for wrong in ({"operators": {"aten::add": {"forwards": line}}}, {"between": {"forwards": 1e-6}}):
+        with pytest.raises(PlanError) as error:
+            measured(**wrong)
+        assert (error.value.found, error.value.nearest) == ("unknown key 'forwards'", "'forward'")
+
+
 def test_a_file_is_read_back_as_it_was_written() -> None:
     from moec.calibration.written import to_toml
 

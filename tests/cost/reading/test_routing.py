@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.cost import Hardware, predict
-from moec.cost.reading.routing import Expected, Routing, cut_off, fullest
+from moec.cost.reading.routing import Expected, Routing, Zipf, cut_off, fullest
 from moec.cost.reading.rows import Table
 from moec.cost.symbols import symbol
 from moec.errors import CostError
@@ -118,6 +118,12 @@ def test_zipf_is_a_routing(experts: int, top_k: int, exponent: float) -> None:
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(shares))
 
 
+def test_the_steepest_zipf_gives_what_is_cut_off_to_the_others() -> None:
+    """Of powers too small for a float64."""
+    assert Zipf(1e6).shares(4, 1) == pytest.approx((1.0, 0.0, 0.0, 0.0))
+    assert Zipf(1e6).shares(4, 2) == pytest.approx((0.5, 0.5 / 3, 0.5 / 3, 0.5 / 3))
+
+
 def test_what_is_cut_off_goes_to_the_others() -> None:
     assert cut_off([8, 1, 1], 0.5) == pytest.approx((0.5, 0.25, 0.25))
     assert cut_off([1, 1], 0.5) == pytest.approx((0.5, 0.5))
@@ -154,6 +160,9 @@ def test_shares_decide_how_long_it_takes() -> None:
         ({"zipf": 1.0, "hottest": 2.0}, "zipf and hottest"),
         ({"hottest": 0.5}, "at least 1.0"),
         ({"zipf": -1.0}, "at least 0.0"),
+        ({"zipf": float("nan")}, "zipf = nan"),
+        ({"hottest": float("inf")}, "hottest = inf"),
+        ({"shares": [1.0, float("nan")]}, "none below 0"),
         ({"shares": [0.5, -0.5]}, "none below 0"),
         ({"shares": []}, "none below 0"),
     ],
