@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from moec.view.overlays import NOTHING, Amounts, Overlays
 from moec.view.pairing import Pair, Union
-from moec.view.stills import Entry, Frame, Still
+from moec.view.stills import Entry, Frame
 from moec.view.templates import variables_of
 from moec.view.timeline import Drawing, Node, RegionBox, Side
 
@@ -129,8 +129,3 @@ def code_of(entry: Entry, frame: Frame) -> str:
     if entry.node.op == "placeholder":
         return frame.names(entry.node)
     return code if entry.node.op == "output" else f"{_assigned(entry, frame)} = {code}"
-
-
-def still_lines(frame: Frame, still: Still) -> list[str]:
-    """The lines of a still as the text has them, regions opened where they are called."""
-    return [code_of(entry, frame) for entry in still.entries if entry.kind == "line"]

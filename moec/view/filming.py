@@ -102,7 +102,7 @@ class Film:
         program = self.program
         steps = tuple(self._step(cut) for cut in self._cuts())
         ledger = tuple(LedgerRow(**asdict(entry)) for entry in program.ledger)
-        notes = (*program.source.notes, *program.ledger.notes)
+        notes = (*program.source.notes, *program.ledger.notes, *self.drawings.overlays.notes)
         return Timeline(
             program.source.name, program.stage, moec.__version__, facts_of(program), dict(self.sizes),
             self.plan.text, steps, tuple(self.drawings.drawn), ledger, notes, self._sources(), program.text(),
@@ -181,7 +181,7 @@ class Film:
     @cached_property
     def _whole_stages(self) -> frozenset[str]:
         """Snapshots from before a program of ranks was cut into parts."""
-        names = list(self.graphs)
+        names = list(self.program.stages)
         cut = next((place for place, name in enumerate(names) if name.startswith("lower_")), len(names))
         return frozenset(names[:cut])
 
@@ -208,9 +208,10 @@ class Film:
         if not {cut.before, cut.after} <= known:
             return ""
         before, after = self._text(cut.before), self._text(cut.after)
+        name = self.program.stage if cut.after == NOW else cut.after
         if cut.before == TEACHER:
-            return student_diff(before, after, self.program.origins, cut.after)
-        return diff_text(before, after, cut.before, cut.after)
+            return student_diff(before, after, self.program.origins, name)
+        return diff_text(before, after, cut.before, name)
 
     def _text(self, name: str) -> str:
         if name not in self._texts:

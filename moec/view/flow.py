@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from moec.ir import region_of
 from moec.ir.graphs import attribute
 from moec.ir.text import block_of, unpacked
 
@@ -127,9 +126,3 @@ def _weight(module: fx.GraphModule, node: fx.Node, region: str) -> Reading:
     if not isinstance(attribute(module, str(node.target)), Tensor):
         return Reading()  # `training`
     return Reading(weights=((f"{region}.{node.target}" if region else str(node.target), node),))
-
-
-def kind_of_region(root: fx.GraphModule, name: str) -> str:
-    """`moe` of `moe_3`; the name itself where nothing is recorded."""
-    found = region_of(root.get_submodule(name))
-    return found.kind if found is not None else name

@@ -74,11 +74,13 @@ def _run(numbers: Sequence[int], stride: int) -> int:
 
 
 def differing(sections: Sequence[Section]) -> str:
-    """`×22 alike, 2 differ: 3, 7`, of all numbered blocks of a step; '' where there are none."""
+    """`×22 alike, 2 differ: 3, 7`, of all numbered blocks of a step; '' where there are not two."""
     numbered = [section for section in sections if section.layers]
-    if not numbered:
+    if sum(len(section.layers) for section in numbered) < 2:
         return ""
     most = max(numbered, key=lambda section: len(section.layers))
     others = sorted(layer for section in numbered if section is not most for layer in section.layers)
+    if len(most.layers) == 1:
+        return f"{len(numbered)} blocks, no two alike"
     alike = f"×{len(most.layers)} alike"
     return f"{alike}, {len(others)} differ: {runs(others)}" if others else alike

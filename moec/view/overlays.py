@@ -39,17 +39,30 @@ NOTHING = Amounts()
 
 @dataclass
 class Overlays:
-    """Reads costs at `sizes` (letter → number), each still once. `layout`: of a program of one rank."""
+    """Reads costs at `sizes` (letter → number), each still once. `layout`: of a program of one rank.
+
+    `notes`: what could not be read, and why; pictures of early stages hold operators as users wrote them, and
+    one that has no cost is no reason not to look at the others.
+    """
 
     sizes: Mapping[str, int]
     layout: Layout | None = None
+    notes: list[str] = field(default_factory=list)
     _known: dict[Hashable, tuple[Amounts, ...]] = field(default_factory=dict)
 
     def of(self, frame: Frame, still: Still) -> tuple[Amounts, ...]:
         """The amounts of the entries of a still, in their order."""
         if still.face not in self._known:
-            self._known[still.face] = self._read(frame, still)
+            self._known[still.face] = self._read_or_noted(frame, still)
         return self._known[still.face]
+
+    def _read_or_noted(self, frame: Frame, still: Still) -> tuple[Amounts, ...]:
+        try:
+            return self._read(frame, still)
+        except Exception as error:
+            what = str(error).strip().splitlines()[:1]
+            self.notes.append(f"no FLOPs and bytes of {still.key}: {type(error).__name__}: {''.join(what)}")
+            return (NOTHING,) * len(still.entries)
 
     def _read(self, frame: Frame, still: Still) -> tuple[Amounts, ...]:
         cut, names = cut_out(frame, still)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from string import ascii_uppercase
 
 import sympy
 
@@ -79,10 +80,22 @@ def _broadcast(left: Sizes, right: Sizes) -> Sizes:
     return [b if a == 1 else a for a, b in zip(*padded, strict=True)]
 
 
+def _dots_spelled(words: list[str], shapes: Sequence[Sizes], output: str) -> tuple[list[str], str]:
+    """The words of an einsum with letters for `...`: the same dims everywhere, counted from the last."""
+    hidden = [len(shape) - len(word.replace("...", "")) for word, shape in zip(words, shapes, strict=True)]
+    spare = [letter for letter in ascii_uppercase if letter not in "".join(words)][: max(hidden)]
+    found = [
+        word.replace("...", "".join(spare[len(spare) - count :]))
+        for word, count in zip(words, hidden, strict=True)
+    ]
+    return found, output.replace("...", "".join(spare))
+
+
 def einsum(call: Call) -> Price:
     """Of two operands, with sums: one product over all letters. Without sums torch multiplies one by one."""
     inputs, _, output = str(call.value("equation")).replace(" ", "").partition("->")
-    words, shapes = inputs.split(","), call.tensors("tensors")
+    shapes = call.tensors("tensors")
+    words, output = _dots_spelled(inputs.split(","), shapes, output)
     sizes = {
         a: n for word, shape in zip(words, shapes, strict=True) for a, n in zip(word, shape, strict=True)
     }
