@@ -48,6 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.golden
+@pytest.mark.timeout(900)  # a page is many commands, and machines are busy
 @pytest.mark.parametrize("page", EVERY_DAY, ids=name)
 def test_a_page_runs(page: Path, folder: Path) -> None:
     Page(folder).run(block for block in BLOCKS[page] if not block.when)
