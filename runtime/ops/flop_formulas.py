@@ -74,10 +74,10 @@ class RunningCall:
         chosen = self.results if index is None else self.results[index : index + 1]
         return sum(_bytes(tensor) for tensor in chosen if isinstance(tensor, Tensor))
 
-    def _most_rows(self) -> int:
+    def _most_rows(self) -> Any:
         """Rows and slots are tables of as many lines, whatever their argument is called."""
         tables = (name for name in ("order", "rows", "left") if name in self.arguments)
-        return int(self.shape(next(tables))[0])
+        return self.shape(next(tables))[0]
 
     def _tensors(self, name: str) -> Iterator[Tensor]:
         given = self.arguments.get(name)
@@ -90,15 +90,17 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.dtype.itemsize
 
 
-def flops_of(name: str) -> Callable[..., int]:
+def flops_of(name: str) -> Callable[..., int | torch.SymInt]:
     """The flop formula of the operator `moec::name`, as torch calls it (with tensors, `get_raw`)."""
     schema = getattr(torch.ops.moec, name).default._schema
     formula = PRICES[f"moec::{name}"]
 
-    def flops(*arguments: Any, out_val: Any = None, **named: Any) -> int:
+    def flops(*arguments: Any, out_val: Any = None, **named: Any) -> int | torch.SymInt:
         call = RunningCall(schema, arguments, named)
         call.results = tuple(out_val) if isinstance(out_val, list | tuple) else (out_val,)
-        return int(formula(call).forward.flops)
+        found = formula(call).forward.flops
+        # A program may be lowered while somebody counts: of sizes that are data there is no number yet.
+        return found if isinstance(found, torch.SymInt) else int(found)
 
     return flops
 

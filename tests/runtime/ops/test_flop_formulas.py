@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
 
 import moec.runtime.ops.flop_formulas  # noqa: F401 - registers the formulas
@@ -49,6 +51,18 @@ def test_rows_without_a_place_are_not_multiplied() -> None:
     rows, weight = drawn(14, D), drawn(4, F, D)
     told = counted(lambda: torch.ops.moec.grouped_linear(rows, weight, None, COUNTS))
     assert told == counted(lambda: by_expert(rows[:10], weight))
+
+
+def test_rows_whose_number_is_data_are_told_by_their_letter() -> None:
+    """A program that is lowered while somebody counts has sizes without numbers."""
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes):
+        rows = shapes.create_unbacked_symint()
+        torch._check(rows >= 0)
+        with FlopCounterMode(display=False) as counter:
+            given = torch.empty(rows, D), torch.empty(4, F, D), None, torch.empty(4, dtype=torch.int64)
+            torch.ops.moec.grouped_linear(*given)
+    assert str(counter.get_total_flops()) == str(2 * F * D * rows)
 
 
 @pytest.mark.parametrize("learns", [(True, True), (True, False), (False, True)])
