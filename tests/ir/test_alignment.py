@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -97,8 +97,10 @@ class Rewriting:
         with graph.inserting_after(x):
             new = graph.node_copy(old, lambda n: x)
         x.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        table = self.was if old in self.was else self.made
-        table[new] = table[old]
+        if old in self.was:
+            self.was[new] = self.was[old]
+        else:
+            self.made[new] = self.made[old]
         self.inside.add(new)
         self.leave(old, old.all_input_nodes[0])
 
@@ -113,7 +115,7 @@ class Rewriting:
         self.made[new] = self.sources([old])
         self.settled.add(old)
 
-    def retarget(self, calls: list[fx.Node], at: int, operator: object, _: bool) -> None:
+    def retarget(self, calls: list[fx.Node], at: int, operator: Any, _: bool) -> None:
         """Another operator, in place: another node."""
         old = calls[at]
         if old.target is not operator:
