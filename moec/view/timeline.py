@@ -10,8 +10,8 @@ Blocks that are alike are drawn once. Strings of a drawing hold `{layer}` where 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -185,18 +185,56 @@ class Timeline:
     text: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for JSON, with its `format`."""
-        return {"format": FORMAT, **asdict(self)}
+        """Plain data for JSON, with its `format`.
+
+        Each side is said once, in `sides`; nodes have its place there as `before` and `after`, or None.
+        """
+        sides: dict[Side, int] = {}
+        drawings = [_interned(drawing, sides) for drawing in self.drawings]
+        rest = asdict(replace(self, drawings=()))
+        return {"format": FORMAT, **rest, "drawings": drawings, "sides": [asdict(side) for side in sides]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Timeline:
         """The timeline that `to_json` wrote. Raises `MoecError` for what is none, or of another format."""
-        told = {key: value for key, value in data.items() if key != "format"}
         if data.get("format") != FORMAT:
             raise MoecError("timeline", f"format {data.get('format')!r}", f"format {FORMAT}")
+        told = {key: value for key, value in data.items() if key not in ("format", "sides")}
         try:
-            return TypeAdapter(cls).validate_python(told)
+            drawings = [_opened(drawing, data["sides"]) for drawing in data["drawings"]]
+            return TypeAdapter(cls).validate_python({**told, "drawings": drawings})
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, ("timeline", *first["loc"])))
             raise MoecError(where, first["msg"], "what to_json() wrote") from None
+        except (KeyError, IndexError, TypeError) as error:
+            found = f"{type(error).__name__}: {error}"
+            raise MoecError("timeline.drawings", found, "what to_json() wrote") from None
+
+
+def _interned(drawing: Drawing, sides: dict[Side, int]) -> dict[str, Any]:
+    """A drawing whose nodes have their sides by number; new ones are added to `sides`."""
+
+    def place(side: Side | None) -> int | None:
+        return None if side is None else sides.setdefault(side, len(sides))
+
+    nodes = [
+        {
+            "status": node.status, "before": place(node.before), "after": place(node.after),
+            "made_from": node.made_from, "fused_by": node.fused_by,
+        }
+        for node in drawing.nodes
+    ]  # fmt: skip
+    return {"nodes": nodes, "regions": [asdict(box) for box in drawing.regions], "edges": drawing.edges}
+
+
+def _opened(drawing: Mapping[str, Any], sides: Sequence[Any]) -> dict[str, Any]:
+    """The inverse of `_interned`."""
+
+    def side(place: int | None) -> Any:
+        return None if place is None else sides[place]
+
+    nodes = [
+        {**node, "before": side(node["before"]), "after": side(node["after"])} for node in drawing["nodes"]
+    ]
+    return {**drawing, "nodes": nodes}

@@ -6,6 +6,10 @@ const timeline = (() => {
   if (data.format !== FORMAT)
     throw new Error(`a timeline of format ${data.format}, and this page reads ${FORMAT}`);
 
+  // Each side is said once, and nodes have its place.
+  for (const node of data.drawings.flatMap((drawing) => drawing.nodes))
+    for (const side of ["before", "after"]) node[side] = node[side] === null ? null : data.sides[node[side]];
+
   // An operator that is kept may lie otherwise on the ranks, or have another shape: it is `marked`.
   const laid = (side) =>
     [side.value, side.placement, ...side.weights.map((weight) => weight.placement)].join("\n");
