@@ -104,6 +104,7 @@ class _Side:
 
     def __init__(self, model: str, plan: str | None, asked: Asked) -> None:
         self.program: Program = program_on_meta(model, plan, asked.ranks)
+        asked.require_room(self.program)
         self.cost: Cost = self.program.cost(asked.checked_phase)
         self.letters: dict[str, int] = asked.letters
         self.prediction: Prediction | None = asked.predicted(self.cost)

@@ -22,7 +22,9 @@ def show_cost(
         raise CostError("--by", f"'{by}'", f"one of {', '.join(BY)}", nearest(by, BY))
     letters, phase = asked.letters, asked.checked_phase
     asked.opened_hardware()
-    cost = program_on_meta(model, plan, asked.ranks, trust=trust).cost(phase)
+    program = program_on_meta(model, plan, asked.ranks, trust=trust)
+    asked.require_room(program)
+    cost = program.cost(phase)
     table, prediction = cost.table(by, **letters), asked.predicted(cost)
     if as_json:
         show_json(_plain(cost, table, letters, prediction, by))

@@ -60,6 +60,14 @@ class Asked:
     def _own(self) -> tuple[str, ...]:
         return NEEDED[self.checked_phase]
 
+    def require_room(self, program: Program) -> None:
+        """Raise `CostError` for a length that the program has no positions for: it would not run."""
+        name, limit = self._own[-1], program.source.max_positions
+        length = self.letters.get(name)
+        if limit is not None and length is not None and length > limit:
+            needed = f"at most {limit:,}, the model's limit"
+            raise CostError(OPTIONS[name], f"{length:,} positions", needed)
+
     def opened_hardware(self) -> Hardware | None:
         """The hardware, if any; raises `CostError` where a size is missing that its times depend on."""
         if self.hardware is None:

@@ -98,6 +98,8 @@ def test_a_device_that_is_too_small_is_told(moec_: Moec, tmp_path: Path) -> None
         ((*SIZES, "--hardware", "b100"), "nearest"),
         ((*SIZES, "--hardware", "a100x8", "--ranks", 16), "16, one for each rank"),
         (("--batch", 0), "greater than or equal to 1"),
+        (("--sequence", 10**8), "the model's limit"),
+        (("--phase", "decode", "--batch", 1, "--past", 65), "found   65 positions"),
     ],
 )
 def test_mistakes(refused: Callable[..., str], words: tuple[object, ...], told: str) -> None:
