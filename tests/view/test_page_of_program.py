@@ -77,7 +77,7 @@ def go(page: Page, step: int, section: int) -> None:
 def test_every_section_of_every_step_shows_each_operator_where_it_is(
     open_page: Open, placed: Timeline
 ) -> None:
-    page = open_page(placed)
+    page = open_page(placed, "#sizes")
     shown = 0
     for at, step in enumerate(placed.steps):
         for number, section in enumerate(step.sections):

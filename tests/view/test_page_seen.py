@@ -8,7 +8,7 @@ from dataclasses import replace
 from playwright.sync_api import Locator, Page, expect
 
 from tests.view.conftest import Open
-from tests.view.timelines import timeline
+from tests.view.timelines import node, timeline
 
 EXPERTS = "#step=lift_experts&section=2&layer=1"
 
@@ -36,7 +36,7 @@ def current(page: Page) -> str:
     return page.locator("#heading h2").evaluate("heading => heading.firstChild.textContent")
 
 
-def test_it_opens_on_the_pass_that_created_most(open_page: Open) -> None:
+def test_it_opens_on_the_pass_that_made_expert_layers(open_page: Open) -> None:
     page = open_page(timeline(12))
     assert page.title() == "GPT · moec"
     assert current(page) == "lift_experts"
@@ -292,12 +292,36 @@ def test_what_a_pass_numbered_anew_has_its_old_number_before(open_page: Open) ->
     expect(region(page, "after", "moe_3")).to_be_visible()
 
 
+def test_sizes_are_drawn_where_they_are_asked_for(open_page: Open) -> None:
+    whole = timeline()
+    dense = whole.drawings[1]
+    entering = node("kept", "S", "input", value="S")
+    product = node("kept", "m", "mul", value="")
+    drawing = replace(
+        dense, nodes=(*dense.nodes, entering, product), edges=(*dense.edges, (len(dense.nodes), 1, 0))
+    )
+    page = open_page(
+        replace(whole, drawings=(whole.drawings[0], drawing, *whole.drawings[2:])),
+        "#step=drop_noops&section=1",
+    )
+    expect(page.locator(".operator.end")).to_have_count(2)
+    page.get_by_text("2 sizes").click()
+    expect(item(page, "after", "mul")).to_be_visible()
+    expect(page.locator(".operator.end")).to_have_count(3)
+    page.keyboard.press("s")
+    expect(page.locator(".operator.end")).to_have_count(2)
+    page.keyboard.press("/")
+    page.keyboard.type("mul")
+    page.keyboard.press("Enter")
+    expect(item(page, "after", "mul")).to_be_visible()
+
+
 def test_an_operator_placed_otherwise_is_marked(open_page: Open) -> None:
     whole = timeline()
     dense = whole.drawings[1]
-    node = dense.nodes[1]
-    assert node.after is not None
-    moved = replace(node, after=replace(node.after, placement="dim 0 over data"))
+    norm = dense.nodes[1]
+    assert norm.after is not None
+    moved = replace(norm, after=replace(norm.after, placement="dim 0 over data"))
     drawing = replace(dense, nodes=(dense.nodes[0], moved, *dense.nodes[2:]))
     page = open_page(
         replace(whole, drawings=(whole.drawings[0], drawing, *whole.drawings[2:])),

@@ -15,6 +15,7 @@ const keys = (() => {
     [["["], "[", "section before", () => sections.move(-1)],
     [["e"], "e", "unfold or fold all regions", all],
     [["u"], "u", "list unchanged sections too", () => state.change({ unchanged: !state.now.unchanged })],
+    [["s"], "s", "draw sizes too", () => state.change({ sizes: !state.now.sizes })],
     [["o"], "o", "next overlay", overlay],
     [["+", "="], "+", "larger", () => camera.scaleBy(1.3)],
     [["-"], "-", "smaller", () => camera.scaleBy(1 / 1.3)],

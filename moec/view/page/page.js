@@ -127,9 +127,9 @@ const page = (() => {
     { needs: ["step", "overlay"], draw: steps.draw },
     { needs: ["step"], draw: heading },
     { needs: ["tab"], draw: tabs },
-    { needs: ["step", "section", "layer", "unchanged", "overlay"], tab: "picture", draw: sections.draw },
-    { needs: ["step", "section", "layer", "open", "overlay"], tab: "picture", draw: drawPicture },
-    { needs: ["selected", "step", "section", "layer", "open", "overlay"], draw: choosing.mark },
+    { needs: ["step", "section", "layer", "unchanged", "sizes", "overlay"], tab: "picture", draw: sections.draw },
+    { needs: ["step", "section", "layer", "open", "sizes", "overlay"], tab: "picture", draw: drawPicture },
+    { needs: ["selected", "step", "section", "layer", "open", "sizes", "overlay"], draw: choosing.mark },
     { needs: ["selected", "step", "section", "layer"], draw: inspector.draw },
     { needs: ["step"], tab: "text", draw: texts.drawDifference },
     { needs: ["once"], tab: "program", draw: texts.drawProgram },
@@ -152,7 +152,7 @@ const page = (() => {
   const drawAll = () => VIEWS.forEach((view) => drawOnce(view, new Set(["tab"])));
 
   function drawPicture(changed) {
-    const other = changed.has("step") || changed.has("section") || changed.has("tab");
+    const other = changed.has("step") || changed.has("section") || changed.has("sizes") || changed.has("tab");
     picture.draw({ other, unfolded: changed.has("open") });
     dom.put(legend, picture.legend());
   }

@@ -10,7 +10,7 @@ const picture = (() => {
     const drawing = state.drawing();
     if (!drawing || !drawing.nodes.length) return empty();
     const before = drawn;
-    const seen = visible.of(drawing, state.now.open);
+    const seen = visible.of(drawing, state.now);
     const placed = layout.of(drawing, seen, labels.sizeOf, labels.statusOf);
     drawn = { seen, placed, scaled: scaleOf(drawing, seen) };
     const shown = seen.shown.map((side) => pane(side));

@@ -4,7 +4,7 @@ const sections = (() => {
   const bar = dom.el("div", { class: "sections" });
 
   function draw() {
-    dom.put(bar, strip(), dom.el("div", { class: "section-row" }, list(), member(), overlay()));
+    dom.put(bar, strip(), dom.el("div", { class: "section-row" }, list(), sizes(), member(), overlay()));
   }
 
   // "12 layers: ×10 alike; 2 differ: 3, 7", and a cell for each layer, lettered by its kind.
@@ -71,6 +71,24 @@ const sections = (() => {
           },
           state.now.unchanged ? "hide unchanged" : `${hidden} unchanged`,
         ),
+    );
+  }
+
+  // How many sizes are not drawn.
+  function sizes() {
+    const count = state.drawing()?.nodes.filter(visible.isSize).length;
+    if (!count || count === state.drawing().nodes.length) return null;
+    return dom.el(
+      "button",
+      {
+        type: "button",
+        class: "quiet",
+        "data-key": "sizes",
+        "aria-expanded": String(state.now.sizes),
+        title: "values that are no tensors, as S (s)",
+        onclick: () => state.change({ sizes: !state.now.sizes }),
+      },
+      state.now.sizes ? "hide sizes" : words.plural(count, "size"),
     );
   }
 

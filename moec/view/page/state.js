@@ -9,6 +9,7 @@ const state = (() => {
     selected: null, // "n12" a node, "r3" a region, null nothing
     open: new Set(), // regions of the drawing that are unfolded
     unchanged: false, // whether sections that stayed as they were are listed
+    sizes: false, // whether sizes (`S`, `B*S`) are drawn, which are no tensors
     overlay: "none",
     tab: "picture",
   };
@@ -48,8 +49,13 @@ const state = (() => {
       if (!("open" in changes)) next.open = new Set();
       if (!("selected" in changes)) next.selected = null;
     }
+    if (isOfSize(next.selected, sections[next.section])) next.sizes = true;
     return next;
   }
+
+  // Whether what is selected is a size, which is not drawn unless asked for.
+  const isOfSize = (selected, chosen) =>
+    selected?.[0] === "n" && visible.isSize(timeline.drawingOf(chosen).nodes[Number(selected.slice(1))]);
 
   // The section of another step that one goes on looking at: that of the same layer, if it changed there.
   function alike(next, sections) {
@@ -73,6 +79,7 @@ const state = (() => {
     if (now.layer !== null) told.set("layer", now.layer);
     if (now.open.size) told.set("open", [...now.open].join(" "));
     if (now.selected) told.set("select", now.selected);
+    if (now.sizes) told.set("sizes", "");
     if (now.overlay !== "none") told.set("overlay", now.overlay);
     if (now.tab !== "picture") told.set("tab", now.tab);
     const hash = `#${told}`;
@@ -97,6 +104,7 @@ const state = (() => {
         .filter((each) => each in (seen?.regions ?? [])),
     );
     next.selected = known(told.get("select"), seen);
+    next.sizes = told.has("sizes");
     next.overlay = overlays.NAMES.includes(told.get("overlay")) ? told.get("overlay") : "none";
     next.tab = TABS.includes(told.get("tab")) ? told.get("tab") : "picture";
     return next;

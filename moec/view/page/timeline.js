@@ -49,8 +49,19 @@ const timeline = (() => {
     return 0;
   }
 
-  // What one opens the page for: the pass that created most; else the last step of which there is a picture.
+  const makes = (step, kind) =>
+    step.kind === "pass" &&
+    step.sections.some((section) =>
+      drawingOf(section).regions.some((region) => region.kind === kind && region.status === "created"),
+    );
+
+  // What one opens the page for: the pass that made expert layers, or else found attention, or else created most;
+  // else the last step of which there is a picture.
   function firstStep() {
+    for (const kind of ["moe", "attention"]) {
+      const made = data.steps.findIndex((step) => makes(step, kind));
+      if (made >= 0) return made;
+    }
     const created = (step) => (step.kind === "pass" ? (step.counts.created ?? 0) : 0);
     const most = Math.max(...data.steps.map(created));
     if (most > 0) return data.steps.findIndex((step) => created(step) === most);
