@@ -38,6 +38,10 @@ def plot(model: str, plans: Sequence[str], asked: Asked, plotted: Plotted) -> No
     require_drawable(plotted.out, plotted.of)
     letters, hardware = _checked(asked, plotted.over)
     programs = {plan: program_on_meta(model, None if plan == DENSE else plan, asked.ranks) for plan in plans}
+    highest: dict[str, Any] = {} if plotted.over == "ranks" else {plotted.over: plotted.high}
+    longest = replace(asked, **highest)
+    for program in programs.values():
+        longest.require_room(program)
     numbers = _numbers(plotted, hardware, list(programs.values()))
     sweep = swept(programs, hardware, plotted.over, asked.checked_phase, letters, numbers)
     draw(sweep, plotted.of, plotted.out)

@@ -87,6 +87,8 @@ def test_the_command_draws_and_tells(moec_: Moec, plan: Path, tmp_path: Path) ->
         (("--of", "speed"), "one of latency, throughput"),
         (("--out", "plot.gif"), ".png, .svg, .pdf"),
         (("--hardware", "a100x8", "--sequence", 8, "--from", 8, "--to", 4), "from 8 to 4"),
+        (("--hardware", "a100x8", "--sequence", 99999), "at most 16, the model's limit"),
+        (("--hardware", "a100x8", "--over", "sequence", "--batch", 1, "--to", 99999), "99,999 positions"),
     ],
 )
 def test_mistakes(refused: Callable[..., str], words: tuple[object, ...], told: str) -> None:
