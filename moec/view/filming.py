@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -39,7 +39,7 @@ from moec.view.pairing import Pairing, Union
 from moec.view.plan_lines import PlanLines
 from moec.view.stills import Frame
 from moec.view.templates import Known
-from moec.view.timeline import Check, LedgerRow, Section, Step, Timeline
+from moec.view.timeline import Check, Section, Step, Timeline
 
 NOW, CAPTURED, TEACHER = "now", "captured", "teacher"
 LETTERS = ("B", "S", "n", "m", "L")
@@ -101,7 +101,7 @@ class Film:
         """All of it."""
         program = self.program
         steps = tuple(self._step(cut) for cut in self._cuts())
-        ledger = tuple(LedgerRow(**asdict(entry)) for entry in program.ledger)
+        ledger = tuple(program.ledger)
         notes = (*program.source.notes, *program.ledger.notes, *self.drawings.overlays.notes)
         return Timeline(
             program.source.name, program.stage, moec.__version__, facts_of(program), dict(self.sizes),

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from moec.errors import MoecError
+from moec.ir import Entry
 
 FORMAT = 1
 LAYER = "{layer}"
@@ -154,19 +155,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class LedgerRow:
-    """One matrix product of the user's model, and what became of it."""
-
-    weight: str
-    shape: tuple[int, ...]
-    role: str
-    status: str
-    reason: str
-    by: str
-    source: str
-
-
-@dataclass(frozen=True)
 class Timeline:
     """Everything that is shown of a program. `sizes`: the letters' numbers for FLOPs and bytes. `sources`:
     the user's lines that nodes refer to, by `file.py:line`. `text`: the program as it is now."""
@@ -179,7 +167,7 @@ class Timeline:
     plan_lines: tuple[str, ...]
     steps: tuple[Step, ...]
     drawings: tuple[Drawing, ...]
-    ledger: tuple[LedgerRow, ...]
+    ledger: tuple[Entry, ...]
     notes: tuple[str, ...]
     sources: Mapping[str, str]
     text: str

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from moec.ir import Entry
 from moec.view.folding import runs
 from moec.view.timeline import (
     Check,
     Drawing,
-    LedgerRow,
     Node,
     RegionBox,
     Section,
@@ -140,14 +140,14 @@ def created(drawing: Drawing) -> Drawing:
     return Drawing(nodes, regions, tuple((a, b, 2) for a, b, _ in drawing.edges))
 
 
-def ledger(layers: int) -> tuple[LedgerRow, ...]:
+def ledger(layers: int) -> tuple[Entry, ...]:
     """Two products of every layer; those of every other one were rewritten."""
     fates = {
         0: ("kept", "the plan leaves it dense", ""),
         1: ("rewritten", "a copy in each of 64 experts", "lift_experts"),
     }
     return tuple(
-        LedgerRow(f"blocks.{layer}.mlp.{name}.weight", shape, "ffn", *fates[layer % 2], "gpt.py:52")
+        Entry(f"blocks.{layer}.mlp.{name}.weight", shape, "ffn", *fates[layer % 2], "gpt.py:52")
         for layer in range(layers)
         for name, shape in (("up", (384, 96)), ("down", (96, 384)))
     )
